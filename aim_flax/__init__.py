@@ -1,0 +1,6 @@
+"""AiM in JAX and Flax: a notebook for neural networks."""
+
+from aim_flax.latch import AiM
+from aim_flax.memory import Memory, MemoryUpdate, fit
+
+__all__ = ["AiM", "Memory", "MemoryUpdate", "fit"]

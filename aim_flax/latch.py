@@ -1,0 +1,310 @@
+"""Latches a memory on to any Linen network, from outside.
+
+`flax.linen.intercept_methods` shows `AiM` every submodule call of the backbone: where a module's
+path matches a read pattern, the memory is read into that call; where it matches an update
+pattern, an update block rewrites the memory after it. The backbone is unchanged and knows nothing
+of memory. What holds of the result is written down, and tested, in docs/latch.md.
+
+What is latched on to a module lies beside that module's own parameters, under `memory_read` and
+`memory_update`; the memories themselves lie at the top, as `memory` and `memory_initial`.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from aim_flax.errors import UsageError, check_choice, nearest
+from aim_flax.memory import Memory, MemoryUpdate, fit
+
+READ_MODES = ("concat", "add")
+CARRIES = ("weights", "state")
+READABLE = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+_OWN_NAMES = ("memory", "memory_initial", "memory_read", "memory_update")
+
+Patterns = str | Sequence[str]
+
+
+class AiM(nn.Module):
+    """A Linen network with a memory that its layers read and that update blocks rewrite.
+
+    Patterns are regular expressions that must match a whole module path, such as
+    r"stage\\d_block1/conv1"; several may be given, none is "" or (). Paths are those of the
+    parameters: `AiM` takes the backbone's place, so they stay what they are without it.
+
+    Attributes:
+      backbone: any Linen module that is used by `__call__`.
+      memory: the notebook at the start of each forward pass.
+      read: modules that read the memory: nn.Conv and nn.ConvTranspose over two spatial axes,
+        nn.Dense, and nn.DenseGeneral over its last axis.
+      update_after: modules after whose call the memory is rewritten from their output.
+      read_initial: those reads that see a second memory instead (`memory_initial`: same shape
+        and kind, its own weights), which is never updated. The published network needs it.
+      read_mode: "concat" appends the memory to the layer's input channels, as published;
+        "add" leaves the layer alone and adds a bias-free layer of the memory to its output,
+        which is the same function by linearity. In a grouped convolution every group reads the
+        whole memory.
+      zero_init: with "add", start the read kernels at zero: the first output is the backbone's.
+      update: options of the update blocks; each place gets a block of its own.
+      carry: what the next batch finds. "weights": what backpropagation made of the memory, as
+        published. "state": that, plus what updates have written, which is kept in the variable
+        `carried` of collection "memory": carried <- (1 - rate)·carried + rate·(written - weights),
+        with `written` the last memory of the pass averaged over batch and devices, `weights`
+        the memory before it, and no gradient.
+      carry_rate: that rate, in (0, 1].
+
+    Raises:
+      UsageError: a pattern that matches no module, a module that cannot be read into or updated
+        after, or options that do not go together.
+    """
+
+    backbone: nn.Module
+    memory: Memory
+    read: Patterns
+    update_after: Patterns = ()
+    read_initial: Patterns = ()
+    read_mode: str = "concat"
+    zero_init: bool = False
+    update: MemoryUpdate = MemoryUpdate()
+    carry: str = "weights"
+    carry_rate: float = 0.1
+
+    def setup(self):
+        nn.share_scope(self, self.backbone)
+
+    @nn.compact
+    def __call__(self, *args: Any, train: bool = False, **kwargs: Any) -> Any:
+        """Calls the backbone with these arguments and returns what it returns.
+
+        Args:
+          *args, **kwargs: passed on as they are.
+          train: whether update blocks use batch statistics and a carried memory is written;
+            passed on where the backbone's `__call__` has a parameter of that name.
+        """
+        self._check_options()
+        if "train" in inspect.signature(type(self.backbone).__call__).parameters:
+            kwargs["train"] = train
+        latch = _Latch(self, train)
+        with nn.intercept_methods(latch.intercept):
+            outputs = self.backbone(*args, **kwargs)
+        latch.check_patterns()
+        latch.carry_on()
+        return outputs
+
+    def _check_options(self) -> None:
+        check_choice("read_mode", self.read_mode, READ_MODES)
+        check_choice("carry", self.carry, CARRIES)
+        if self.zero_init and self.read_mode != "add":
+            raise UsageError(
+                "zero_init needs read_mode 'add': in 'concat' the memory has no kernel of its own"
+            )
+        if self.carry == "state" and not _compile(self.update_after):
+            raise UsageError("carry 'state' needs update_after: nothing writes to this memory")
+        if not 0 < self.carry_rate <= 1:
+            raise UsageError(f"carry_rate is {self.carry_rate}, expected a number in (0, 1]")
+
+
+class _Latch:
+    """One forward pass: the memory as it stands, and what has been seen of the backbone."""
+
+    def __init__(self, aim: AiM, train: bool):
+        self.aim, self.train = aim, train
+        self.read = _compile(aim.read)
+        self.update_after = _compile(aim.update_after)
+        self.read_initial = _compile(aim.read_initial)
+        self.matched: set[re.Pattern] = set()
+        self.seen: dict[str, nn.Module] = {}
+        self.updates: dict[str, MemoryUpdate] = {}
+        self.weights = aim.memory()
+        self.current = self.weights
+        if aim.carry == "state":
+            content = self.weights[0]
+            self.carried = aim.variable("memory", "carried", jnp.zeros_like, content)
+            self.current = self.weights + self.carried.value
+        if self.read_initial:
+            self.initial = aim.memory.clone(parent=aim, name="memory_initial")()
+
+    def intercept(
+        self, next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+    ) -> Any:
+        module = context.module
+        names = module.path[len(self.aim.path) :]
+        if context.method_name != "__call__" or not names or set(names) & set(_OWN_NAMES):
+            return next_fun(*args, **kwargs)
+        path = "/".join(names)
+        self.seen[path] = module
+        if self._match(self.read, path):
+            y = self._read(next_fun, args, kwargs, module, path)
+        elif self._match(self.read_initial, path):
+            raise UsageError(f"read_initial matches {path!r}, which read does not match")
+        else:
+            y = next_fun(*args, **kwargs)
+        if self._match(self.update_after, path):
+            self._update(y, module, path)
+        return y
+
+    def _match(self, patterns: Sequence[re.Pattern], path: str) -> bool:
+        matching = [pattern for pattern in patterns if pattern.fullmatch(path)]
+        self.matched.update(matching)
+        return bool(matching)
+
+    def _read(
+        self, next_fun: Callable, args: tuple, kwargs: dict, module: nn.Module, path: str
+    ) -> jax.Array:
+        x = args[0] if args else kwargs["inputs"]
+        initial = self._match(self.read_initial, path)
+        m = _as_input(self.initial if initial else self.current, x, module, path)
+        measure = module.is_mutable_collection("intermediates") and not module.is_initializing()
+        if self.aim.read_mode == "add":
+            y = next_fun(x)
+            share = _read_layer(module, self.aim.zero_init)(m)
+            if measure:
+                _record(module, share, y)
+            return y + share
+        y = next_fun(_append(x, m, module))
+        if measure:
+            # Through an unbound twin, for a bound module cannot be called within its own call.
+            twin = module.clone(parent=None, name=None)
+            own = twin.apply(module.variables, _append(x, jnp.zeros_like(m), module))
+            _record(module, y - own, own)
+        return y
+
+    def _update(self, y: Any, module: nn.Module, path: str) -> None:
+        if module.scope.root is not self.aim.scope.root:
+            raise UsageError(
+                f"update_after matches {path!r}, which runs inside a Flax transformation (nn.remat,"
+                " nn.scan, nn.vmap, nn.jit, ...): what is written there cannot leave it; update"
+                " after the transformed module instead"
+            )
+        ranks = "(B, H, W, C)" if self.current.ndim == 4 else "(B, ..., C)"
+        least, most = (4, 4) if self.current.ndim == 4 else (2, 99)
+        if not isinstance(y, jax.Array) or not least <= y.ndim <= most:
+            what = f"has shape {y.shape}" if isinstance(y, jax.Array) else f"is a {type(y).__name__}"
+            raise UsageError(
+                f"update_after matches {path!r}, whose output {what}: a memory of shape"
+                f" {self.current.shape[1:]} is updated from an array {ranks}"
+            )
+        _check_batch(self.current, y, path)
+        if path not in self.updates:
+            # In the module's own scope: a name at the top could be taken by the backbone.
+            scope = module.scope.push("memory_update", reuse=True)
+            self.updates[path] = self.aim.update.clone(parent=scope, name=None)
+        before = self.current
+        self.current = self.updates[path](y, before, train=self.train)
+        if module.is_mutable_collection("intermediates") and not module.is_initializing():
+            _record(module, self.current - before, before, "memory_update_use")
+
+    def check_patterns(self) -> None:
+        """Raises UsageError for a pattern that matched nothing in this pass."""
+        for what in ("read", "update_after", "read_initial"):
+            for pattern in getattr(self, what):
+                if pattern in self.matched:
+                    continue
+                paths = [
+                    path
+                    for path, module in self.seen.items()
+                    if what == "update_after" or isinstance(module, READABLE)
+                ]
+                raise UsageError(
+                    f"{what} pattern {pattern.pattern!r} matches no module of"
+                    f" {type(self.aim.backbone).__name__}{nearest(pattern.pattern, paths)};"
+                    f" there are: {', '.join(paths)}"
+                )
+
+    def carry_on(self) -> None:
+        """Keeps what was written for the next batch, when the carry is `state`."""
+        aim = self.aim
+        if aim.carry != "state" or not self.train or aim.is_initializing():
+            return
+        written = self.current.astype(self.weights.dtype).mean(axis=0)
+        if aim.update.axis_name is not None:
+            written = jax.lax.pmean(written, aim.update.axis_name)
+        change = jax.lax.stop_gradient(written - self.weights[0])
+        self.carried.value = (1 - aim.carry_rate) * self.carried.value + aim.carry_rate * change
+
+
+def _compile(patterns: Patterns) -> tuple[re.Pattern, ...]:
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    try:
+        return tuple(re.compile(pattern) for pattern in patterns if pattern)
+    except re.error as error:
+        raise UsageError(f"{error.pattern!r} is no regular expression: {error}") from None
+
+
+def _as_input(m: jax.Array, x: jax.Array, module: nn.Module, path: str) -> jax.Array:
+    """Returns the memory in the form in which a layer with input `x` reads it.
+
+    For convolutions (1 or B, H, W, channels), see `fit`; for dense layers (1 or B, 1, ..., D),
+    of a convolutional memory the mean over rows and columns. In x's dtype.
+    """
+    refusal = f"read matches {path!r}, but "
+    if isinstance(module, nn.Conv | nn.ConvTranspose):
+        kernel = module.kernel_size
+        if isinstance(kernel, int) or len(kernel) != 2 or x.ndim != 4:
+            raise UsageError(f"{refusal}only convolutions over images (B, H, W, C) can read")
+        if m.ndim != 4:
+            raise UsageError(
+                f"{refusal}a convolution reads a memory of shape (R, K, D), not {m.shape[1:]}"
+            )
+        _check_batch(m, x, path)
+        return fit(m, x.shape[1], x.shape[2]).astype(x.dtype)
+    if not isinstance(module, READABLE):
+        kinds = ", ".join(f"nn.{kind.__name__}" for kind in READABLE)
+        raise UsageError(
+            f"{refusal}a {type(module).__name__} cannot read a memory; these can: {kinds}"
+        )
+    if isinstance(module, nn.DenseGeneral) and (
+        module.axis not in (-1, (-1,)) or tuple(module.batch_dims)
+    ):
+        raise UsageError(f"{refusal}an nn.DenseGeneral can read only over its last axis")
+    if x.ndim < 2:
+        raise UsageError(f"{refusal}its input has no batch axis: {x.shape}")
+    _check_batch(m, x, path)
+    if m.ndim == 4:
+        m = m.mean(axis=(1, 2))
+    return m.reshape(m.shape[0], *(1,) * (x.ndim - 2), m.shape[-1]).astype(x.dtype)
+
+
+def _check_batch(m: jax.Array, x: jax.Array, path: str) -> None:
+    if m.shape[0] not in (1, x.shape[0]):
+        raise UsageError(
+            f"the memory was written for a batch of {m.shape[0]}, but {path!r} sees {x.shape[0]}:"
+            " the backbone folds something into its batch axis after the update"
+        )
+
+
+def _append(x: jax.Array, m: jax.Array, module: nn.Module) -> jax.Array:
+    """Returns [x, m] along the channels: in a grouped convolution, m once in every group."""
+    groups = getattr(module, "feature_group_count", 1)
+    m = jnp.broadcast_to(m, (*x.shape[:-1], m.shape[-1]))
+    if groups == 1:
+        return jnp.concatenate([x, m], axis=-1)
+    x = x.reshape(*x.shape[:-1], groups, -1)
+    m = jnp.broadcast_to(m[..., None, :], (*x.shape[:-1], m.shape[-1]))
+    joint = jnp.concatenate([x, m], axis=-1)
+    return joint.reshape(*joint.shape[:-2], -1)
+
+
+def _read_layer(module: nn.Module, zero_init: bool) -> nn.Module:
+    """Returns the layer that reads the memory for `module`: its twin, without bias and groups."""
+    changes: dict[str, Any] = dict(use_bias=False, name=None)
+    if zero_init:
+        changes["kernel_init"] = nn.initializers.zeros
+    if isinstance(module, nn.Conv):
+        changes["feature_group_count"] = 1
+    # Its scope is taken after the module's call, so the module's own initial values stay.
+    return module.clone(parent=module.scope.push("memory_read", reuse=True), **changes)
+
+
+def _record(module: nn.Module, share: jax.Array, own: jax.Array, name: str = "memory_use") -> None:
+    """Records L2 norms per example, averaged over the batch, in `intermediates`."""
+
+    def norm(y: jax.Array) -> jax.Array:
+        squares = jnp.square(y.astype(jnp.float32)).sum(axis=tuple(range(1, y.ndim)))
+        return jnp.sqrt(squares).mean()
+
+    module.sow("intermediates", name, {"share": norm(share), "own": norm(own)})

@@ -1,0 +1,237 @@
+"""The parts of AiM: the memory parameter, reshape-and-pad, and the update block.
+
+Source: J. Lunkad, "AiM: Memory for Artificial Intelligence" (March 2021), the article and the
+notebook published with it. Shapes: images and feature maps are (B, H, W, C); a convolutional
+memory is (1 or B, R, K, D), that is R rows, K columns and D channels; a dense memory is
+(1 or B, D).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from aim_flax.errors import UsageError, check_choice
+
+MEMORY_KINDS = ("conv", "dense", "direct")
+
+
+class Memory(nn.Module):
+    """A tensor of floats that backpropagation edits: the notebook before anything is written.
+
+    `conv` and `dense` are a layer that is only ever fed ones, so their content is that layer's
+    weights (the article's memory block); `direct` has one parameter per float. A 1x1 convolution on
+    ones gives the same D values at each of the R·K positions: with `conv` and kernel_size 1 the
+    memory holds only D distinct numbers (see `distinct_values`).
+
+    Attributes:
+      shape: (R, K, D) for `conv`, (D,) for `dense`, either for `direct`.
+      kind: "conv" (a convolution D -> D, SAME, with bias), "dense" (D -> D with bias) or "direct".
+      kernel_size: of the convolution, an int or (rows, columns). Published: 1; the author
+        suggests (R, K).
+      kernel_init: initialiser of the layer's kernel. Glorot uniform, as in the published code,
+        gives content of unit variance; `direct` draws its floats from N(0, 1) to match.
+      param_dtype: dtype of the parameters and of the memory.
+
+    Raises:
+      UsageError: on a shape, kind or kernel size that does not fit the rest.
+    """
+
+    shape: Sequence[int]
+    kind: str = "conv"
+    kernel_size: int | Sequence[int] = 1
+    kernel_init: nn.initializers.Initializer = nn.initializers.glorot_uniform()
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """Returns the memory, (1, *shape): the same for every example, so batch size 1."""
+        shape = check_memory(self.shape, self.kind)
+        if self.kind == "direct":
+            init = nn.initializers.normal(stddev=1.0)
+            return self.param("content", init, shape, self.param_dtype)[None]
+        options = dict(
+            features=shape[-1], kernel_init=self.kernel_init, param_dtype=self.param_dtype
+        )
+        ones = jnp.ones((1, *shape), self.param_dtype)
+        if self.kind == "dense":
+            return nn.Dense(**options, name="dense")(ones)
+        return nn.Conv(kernel_size=pair(self.kernel_size), **options, name="conv")(ones)
+
+
+def check_memory(shape: Sequence[int], kind: str) -> tuple[int, ...]:
+    """Returns `shape` as a tuple, or raises UsageError when it is none for this kind of memory."""
+    check_choice("the memory's kind", kind, MEMORY_KINDS)
+    shape = tuple(shape)
+    ranks = {"conv": (3,), "dense": (1,), "direct": (1, 3)}[kind]
+    if len(shape) not in ranks or any(n < 1 for n in shape):
+        forms = " or ".join({1: "(D,)", 3: "(R, K, D)"}[rank] for rank in ranks)
+        raise UsageError(f"a {kind} memory has shape {forms}, each at least 1, not {shape}")
+    return shape
+
+
+def distinct_values(shape: Sequence[int], kind: str, kernel_size: int | Sequence[int] = 1) -> int:
+    """Returns how many of the memory's floats can differ from each other.
+
+    A convolution on ones tells two positions apart only by the part of its kernel that falls
+    outside the map, so at most the border differs from the inside.
+    """
+    shape = check_memory(shape, kind)
+    if kind != "conv":
+        return math.prod(shape)
+    kernel = pair(kernel_size)
+    distinct = shape[-1]
+    for size, k in zip(shape[:2], kernel, strict=True):
+        before, after = (k - 1) // 2, k // 2
+        distinct *= len({(min(i, before), min(size - 1 - i, after)) for i in range(size)})
+    return distinct
+
+
+def fit(m: jax.Array, height: int, width: int) -> jax.Array:
+    """Reshapes and pads a memory to the spatial size of a feature map, losing nothing.
+
+    The T = R·K·D floats of each example are laid out in row, column, channel order. With
+    T >= H·W they fill (H, W, ceil(T / (H·W))), zeros at the tail. With fewer they form the
+    smallest square that holds them, S = ceil(sqrt(T)), zero-padded to S² in front and behind and
+    then centred in (H, W, 1); a map too thin for that square gets the floats first and zeros
+    behind. Published code: the square maps that divide, or hold, T exactly; here every map.
+
+    Args:
+      m: (N, R, K, D), any dtype.
+      height, width: of the feature map, at least 1.
+
+    Returns:
+      (N, height, width, channels), dtype of `m`: dropping the padding gives back every float
+      of `m` exactly once.
+    """
+    n, total, area = m.shape[0], math.prod(m.shape[1:]), height * width
+    flat = m.reshape(n, total)
+    side = math.isqrt(total - 1) + 1
+    if total < area and height >= side and width >= side:
+        front = (side**2 - total) // 2
+        square = jnp.pad(flat, ((0, 0), (front, side**2 - total - front)))
+        top, left = (height - side) // 2, (width - side) // 2
+        return jnp.pad(
+            square.reshape(n, side, side, 1),
+            ((0, 0), (top, height - side - top), (left, width - side - left), (0, 0)),
+        )
+    channels = -(-total // area)
+    tail = jnp.pad(flat, ((0, 0), (0, channels * area - total)))
+    return tail.reshape(n, height, width, channels)
+
+
+class MemoryUpdate(nn.Module):
+    """Rewrites the memory from a feature map and the memory as it was.
+
+    Convolutional form (the article's memory update block): [x, fit(m)] -> 3 x (convolution ->
+    batch norm -> sigmoid) -> average pool to (R, K) -> 1x1 convolution to D channels. Dense
+    form: [x, m] -> 3 x (Dense -> batch norm -> sigmoid) -> Dense to D, where x is first averaged
+    over any axes between the batch and the features.
+
+    Attributes:
+      features: widths of the convolutions or Dense layers. Published: 16, 16, 32.
+      kernel_size: of the convolutions.
+      momentum, epsilon: of the batch norms. Published (Keras defaults): 0.99, 1e-3.
+      axis_name: device axis over which batch statistics are averaged in training, or None.
+      dtype: of the computation; None takes the inputs' and parameters' own.
+    """
+
+    features: Sequence[int] = (16, 16, 32)
+    kernel_size: int | Sequence[int] = 3
+    momentum: float = 0.99
+    epsilon: float = 1e-3
+    axis_name: str | None = None
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, m: jax.Array, train: bool = False) -> jax.Array:
+        """Returns the new memory, one per example.
+
+        Args:
+          x: (B, H, W, C) for a convolutional memory, (B, ..., C) for a dense one.
+          m: (1 or B, R, K, D) or (1 or B, D).
+          train: whether batch norm uses (and records) the statistics of this batch.
+
+        Returns:
+          (B, R, K, D) or (B, D).
+        """
+        convolutional = m.ndim == 4
+        if convolutional:
+            rows, columns, channels = m.shape[1:]
+            m = fit(m, x.shape[1], x.shape[2])
+        else:
+            channels = m.shape[-1]
+            x = x.mean(axis=tuple(range(1, x.ndim - 1)))
+        m = jnp.broadcast_to(m, (*x.shape[:-1], m.shape[-1]))
+        h = jnp.concatenate([x, m.astype(x.dtype)], axis=-1)
+        if convolutional:
+            kind, layer = "conv", partial(nn.Conv, kernel_size=pair(self.kernel_size))
+            output = partial(nn.Conv, kernel_size=(1, 1))
+        else:
+            kind, layer, output = "dense", nn.Dense, nn.Dense
+        for i, features in enumerate(self.features, start=1):
+            h = layer(
+                features=features,
+                kernel_init=nn.initializers.he_normal(),
+                dtype=self.dtype,
+                name=f"{kind}{i}",
+            )(h)
+            norm = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                axis_name=self.axis_name,
+                dtype=self.dtype,
+                name=f"norm{i}",
+            )
+            h = nn.sigmoid(norm(h))
+        if convolutional:
+            h = average_pool_to(h, rows, columns)
+        return output(
+            features=channels,
+            kernel_init=nn.initializers.glorot_uniform(),
+            dtype=self.dtype,
+            name="output",
+        )(h)
+
+
+def average_pool_to(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Average-pools maps to a given size, whatever theirs.
+
+    Windows of (H // rows, W // columns), as published, where they give exactly that size;
+    else adaptive pooling: cell i averages the map's rows floor(i·H / rows) to
+    ceil((i + 1)·H / rows), so that windows overlap, and repeat where the map is the smaller.
+
+    Args:
+      x: (B, H, W, C).
+
+    Returns:
+      (B, rows, columns, C).
+    """
+    sizes = list(zip(x.shape[1:3], (rows, columns), strict=True))
+    if all(size >= out and size // (size // out) == out for size, out in sizes):
+        window = tuple(size // out for size, out in sizes)
+        return nn.avg_pool(x, window, strides=window)
+    over_rows, over_columns = (jnp.asarray(_pooling(*s), x.dtype) for s in sizes)
+    return jnp.einsum("rh,bhwc,kw->brkc", over_rows, x, over_columns)
+
+
+def _pooling(size: int, out: int) -> np.ndarray:
+    """Returns the (out, size) matrix that averages each adaptive window."""
+    matrix = np.zeros((out, size))
+    for i in range(out):
+        start, stop = i * size // out, -(-(i + 1) * size // out)
+        matrix[i, start:stop] = 1 / (stop - start)
+    return matrix
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Returns a kernel size as (rows, columns)."""
+    kernel = (size, size) if isinstance(size, int) else tuple(size)
+    if len(kernel) != 2 or any(k < 1 for k in kernel):
+        raise UsageError(f"a kernel size is a positive int or two of them, not {size!r}")
+    return kernel
