@@ -1,4 +1,4 @@
-"""The one exception for wrong use, so that scripts can tell it from a bug."""
+"""The exceptions that scripts tell in one line; any other is a bug and keeps its traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,22 @@ from collections.abc import Iterable
 
 class UsageError(ValueError):
     """A mistake of the caller's, told in one line; scripts print it and exit with status 2."""
+
+
+class DivergenceError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+class InterruptionError(RuntimeError):
+    """A signal asked a run to end, and it has saved its state.
+
+    Attributes:
+      signal: the signal's number.
+    """
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signal = signum
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -183,7 +183,9 @@ class _Latch:
         ranks = "(B, H, W, C)" if self.current.ndim == 4 else "(B, ..., C)"
         least, most = (4, 4) if self.current.ndim == 4 else (2, 99)
         if not isinstance(y, jax.Array) or not least <= y.ndim <= most:
-            what = f"has shape {y.shape}" if isinstance(y, jax.Array) else f"is a {type(y).__name__}"
+            what = (
+                f"has shape {y.shape}" if isinstance(y, jax.Array) else f"is a {type(y).__name__}"
+            )
             raise UsageError(
                 f"update_after matches {path!r}, whose output {what}: a memory of shape"
                 f" {self.current.shape[1:]} is updated from an array {ranks}"
@@ -291,7 +293,7 @@ def _append(x: jax.Array, m: jax.Array, module: nn.Module) -> jax.Array:
 
 def _read_layer(module: nn.Module, zero_init: bool) -> nn.Module:
     """Returns the layer that reads the memory for `module`: its twin, without bias and groups."""
-    changes: dict[str, Any] = dict(use_bias=False, name=None)
+    changes: dict[str, Any] = {"use_bias": False, "name": None}
     if zero_init:
         changes["kernel_init"] = nn.initializers.zeros
     if isinstance(module, nn.Conv):

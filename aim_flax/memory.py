@@ -54,9 +54,11 @@ class Memory(nn.Module):
         if self.kind == "direct":
             init = nn.initializers.normal(stddev=1.0)
             return self.param("content", init, shape, self.param_dtype)[None]
-        options = dict(
-            features=shape[-1], kernel_init=self.kernel_init, param_dtype=self.param_dtype
-        )
+        options = {
+            "features": shape[-1],
+            "kernel_init": self.kernel_init,
+            "param_dtype": self.param_dtype,
+        }
         ones = jnp.ones((1, *shape), self.param_dtype)
         if self.kind == "dense":
             return nn.Dense(**options, name="dense")(ones)
@@ -214,8 +216,11 @@ def average_pool_to(x: jax.Array, rows: int, columns: int) -> jax.Array:
     """
     sizes = list(zip(x.shape[1:3], (rows, columns), strict=True))
     if all(size >= out and size // (size // out) == out for size, out in sizes):
-        window = tuple(size // out for size, out in sizes)
-        return nn.avg_pool(x, window, strides=window)
+        high, wide = x.shape[1] // rows, x.shape[2] // columns
+        x = x[:, : rows * high, : columns * wide]
+        # Not nn.avg_pool, which divides by a NumPy integer: strict dtype promotion refuses that.
+        x = x.reshape(x.shape[0], rows, high, columns, wide, x.shape[3])
+        return x.mean(axis=(2, 4))
     over_rows, over_columns = (jnp.asarray(_pooling(*s), x.dtype) for s in sizes)
     return jnp.einsum("rh,bhwc,kw->brkc", over_rows, x, over_columns)
 

@@ -1,0 +1,69 @@
+"""From a config to the network it describes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from aim_flax.errors import UsageError, check_choice, nearest
+from aim_flax.latch import AiM
+from aim_flax.memory import Memory, MemoryUpdate
+from aim_flax.models.mlp import MLP
+
+MODELS = {"mlp": MLP}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
+    """Returns the Linen module of a config: a plain network, or one with a memory latched on.
+
+    `model.init(key, images, train=False)` gives its variables and
+    `model.apply(variables, images, train=False)` logits (B, num_classes), for images
+    (B, H, W, C).
+
+    Args:
+      config: with `model` (a `name` of MODELS and that class's fields), `memory` (None, or the
+        fields of `Memory` and `AiM`, and those of `MemoryUpdate` under `update`) and `dtype`.
+      axis_name: the device axis over which training averages batch statistics and the carried
+        memory; None on one device.
+
+    Raises:
+      UsageError: an unknown name or field, with the nearest valid one.
+    """
+    check_choice("dtype", config.dtype, DTYPES)
+    common = dict(axis_name=axis_name, dtype=DTYPES[config.dtype])
+    fields = _values(config.model)
+    name = fields.pop("name")
+    check_choice("model.name", name, MODELS)
+    backbone = _construct("model", MODELS[name], fields | common)
+    if config.memory is None:
+        return backbone
+    fields = _values(config.memory)
+    update = _construct("memory.update", MemoryUpdate, fields.pop("update", {}) | common)
+    of_memory = {f: fields.pop(f) for f in ("shape", "kind", "kernel_size") if f in fields}
+    memory = _construct("memory", Memory, of_memory)
+    parts = dict(backbone=backbone, memory=memory, update=update)
+    return _construct("memory", AiM, fields | parts)
+
+
+def _values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a group of the config as keyword arguments: sequences as tuples, for hashing."""
+    values = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            value = _values(value)
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
+def _construct(group: str, module: type[nn.Module], values: dict[str, Any]) -> nn.Module:
+    fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
+    for key in values:
+        if key not in fields:
+            raise UsageError(
+                f"{group}.{key} is no option of {module.__name__}{nearest(key, fields)}"
+            )
+    return module(**values)

@@ -1,0 +1,101 @@
+"""The command lines of train.py and eval.py: flags in, one clear line out on wrong use.
+
+Exit status: 0 done; 1 the run failed (a loss that is not finite); 2 wrong use, nothing touched;
+128 + n ended by signal n, with the state saved.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from aim_flax import config as configs
+from aim_flax.console import fail
+from aim_flax.errors import DivergenceError, InterruptionError, UsageError
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Trains the network of a config; the command line of train.py."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Trains the network of a config, or goes on where its workdir was left.",
+        epilog="Any key of the config is a flag: --config.train.epochs=5",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARM]")
+    parser.add_argument("--workdir", help="default: runs/<config>-<arm>-<seed>")
+    parser.add_argument("--devices", type=int, help="how many to use; default: all")
+    parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
+    args, assignments = _parse(parser, argv)
+
+    def work() -> None:
+        config = configs.load(args.config)
+        configs.override(config, assignments)
+        # Imported after the flags are known to be right: JAX takes seconds to start.
+        from aim_flax import backend, training
+        from aim_flax.describe import describe
+
+        if args.describe:
+            print(describe(config))
+            return
+        if warning := backend.warning():
+            print(warning, file=sys.stderr)
+        training.run(config, args.workdir or training.default_workdir(config), args.devices)
+
+    _run(work)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> None:
+    """Evaluates a checkpoint of a run; the command line of eval.py."""
+    parser = argparse.ArgumentParser(
+        prog="eval.py",
+        description="Evaluates a checkpoint of a run, with the network of its saved config.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, help="of the run")
+    parser.add_argument("--checkpoint", default="best", metavar="best|latest|STEP")
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"))
+    parser.add_argument("--devices", type=int, help="how many to use; default: all")
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        from aim_flax import backend, restoring
+
+        if warning := backend.warning():
+            print(warning, file=sys.stderr)
+        restoring.evaluate_run(args.workdir, args.checkpoint, args.split, args.devices)
+
+    _run(work)
+
+
+def _parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the flags, and the "key=value" of each --config.key=value (or --config.key value)."""
+    args, rest = parser.parse_known_args(argv)
+    assignments: list[str] = []
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--config."):
+            parser.error(f"unknown argument {word!r}")
+        assignment = word.removeprefix("--config.")
+        if "=" not in assignment:
+            assignment += "=" + next(words, "")
+        assignments.append(assignment)
+    return args, assignments
+
+
+def _run(work: Callable[[], None]) -> None:
+    # Orbax and absl report each step of each checkpoint; what a user needs, this project says.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        work()
+    except UsageError as error:
+        fail(str(error))
+        sys.exit(2)
+    except DivergenceError as error:
+        fail(str(error))
+        sys.exit(1)
+    except InterruptionError as error:
+        fail(str(error))
+        sys.exit(128 + error.signal)

@@ -1,0 +1,78 @@
+"""What a run says while it goes: a progress bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 0.5
+
+
+class Reporter:
+    """Reports on a run of `total` steps; with `quiet`, only what `say` is told."""
+
+    def __init__(self, total: int, start: int, quiet: bool = False):
+        self._total = total
+        self._console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self._progress = None
+        self._quiet = quiet
+        self._last_line = -float("inf")
+        self._start, self._started = start, None
+        if self._console.is_terminal and not quiet:
+            self._progress = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("", total=total, completed=start)
+
+    def __enter__(self) -> "Reporter":
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def say(self, message: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._progress:
+            self._console.print(message, markup=False)
+        else:
+            print(message, flush=True)
+
+    def advance(self, step: int, metrics: dict[str, float]) -> None:
+        """Shows the state after a step, if it's time for a line."""
+        description = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        if self._progress:
+            self._progress.update(self._task, completed=step, description=description)
+            return
+        now = time.monotonic()
+        if self._started is None:
+            # Not at the start: the first call's time is mostly compilation.
+            self._start, self._started = step, now
+        due = now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total
+        if self._quiet or not due:
+            return
+        self._last_line = now
+        done = step - self._start
+        left = ""
+        if done:
+            seconds = (now - self._started) / done * (self._total - step)
+            left = f", {seconds:.0f} s left"
+        print(f"step {step}/{self._total}: {description}{left}", flush=True)
+
+
+def fail(message: str) -> None:
+    """Prints one line on standard error, after the program's name."""
+    print(f"{sys.argv[0].rpartition('/')[2]}: {message}", file=sys.stderr)

@@ -1,0 +1,106 @@
+"""What a network consists of, without computing or allocating anything."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from ml_collections import ConfigDict
+
+from aim_flax.build import build_model
+from aim_flax.memory import distinct_values
+
+
+def describe(config: ConfigDict) -> str:
+    """Returns the parameter table of a config's network, its memory, and its multiply-adds."""
+    shape = (1, *config.data.image_shape)
+    model = build_model(config)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    plain = build_model(ConfigDict({**config, "memory": None}))
+    backbone = jax.eval_shape(plain.init, jax.random.key(0), image)
+
+    rows = _table(variables, backbone)
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"{config.name}:{config.arm}, images {'x'.join(map(str, shape[1:]))}"]
+    lines.append(f"{'':{width}}  {'parameters':>12}  {'running statistics':>18}")
+    lines += [f"{name:{width}}  {params:12,}  {stats:18,}" for name, params, stats in rows]
+    params, stats = (sum(row[i] for row in rows) for i in (1, 2))
+    lines.append(f"{'total':{width}}  {params:12,}  {stats:18,}")
+    lines.append(f"parameters + running statistics: {params + stats:,}")
+    if config.memory is None:
+        lines.append("memory floats: 0")
+    else:
+        memory = config.memory
+        distinct = distinct_values(memory.shape, memory.kind, memory.get("kernel_size", 1))
+        floats = math.prod(memory.shape)
+        lines.append(f"memory floats: {floats:,}, of which {distinct:,} can differ")
+    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, image)
+    lines.append(f"multiply-adds of one image's forward pass: {multiply_adds(jaxpr.jaxpr):,}")
+    return "\n".join(lines)
+
+
+def _table(variables: Mapping[str, Any], backbone: Mapping[str, Any]) -> list[tuple]:
+    """Returns (part, parameters, running statistics): the backbone, then what was latched on.
+
+    A `concat` read has no parameters of its own: its row is what the layer's kernel gained.
+    """
+    plain = {
+        collection: {path: leaf.size for path, leaf in flatten_dict(tree).items()}
+        for collection, tree in backbone.items()
+    }
+    counts: dict[str, list[int]] = {"backbone": [0, 0]}
+    for column, collection in enumerate(("params", "batch_stats")):
+        for path, leaf in flatten_dict(variables.get(collection, {})).items():
+            size = plain.get(collection, {}).get(path, 0)
+            counts["backbone"][column] += size
+            if leaf.size > size:
+                row = counts.setdefault(_part(path), [0, 0])
+                row[column] += leaf.size - size
+    return [(name, *sizes) for name, sizes in counts.items()]
+
+
+def _part(path: tuple[str, ...]) -> str:
+    """Returns the row of a parameter that the plain backbone has not, or has smaller."""
+    if path[0] in ("memory", "memory_initial"):
+        return path[0]
+    for name, part in (("memory_read", "read"), ("memory_update", "update")):
+        if name in path:
+            return f"{part} {'/'.join(path[: path.index(name)])}"
+    return f"read {'/'.join(path[:-1])}"
+
+
+def multiply_adds(jaxpr: Jaxpr) -> int:
+    """Returns the multiply-adds of all matrix products and convolutions in a jaxpr.
+
+    Positions that a convolution pads count as well; the body of a scan counts for each turn.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        out = equation.outvars[0].aval
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            total += out.size * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            total += out.size * kernel.size // features
+        else:
+            inner = sum(multiply_adds(sub) for sub in _inner(params))
+            total += inner * (params["length"] if name == "scan" else 1)
+    return total
+
+
+def _inner(params: Mapping[str, Any]) -> list[Jaxpr]:
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                found.append(item.jaxpr)
+            elif isinstance(item, Jaxpr):
+                found.append(item)
+    return found

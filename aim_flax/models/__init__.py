@@ -1,0 +1,1 @@
+"""Plain networks, which know nothing of memory."""

@@ -1,0 +1,193 @@
+"""The files that a run leaves for people: tables, plots and TensorBoard events."""
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+
+from aim_flax.evaluation import Evaluation
+
+HISTORY_COLUMNS = (
+    "epoch",
+    "step",
+    "learning_rate",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+)
+History = Sequence[dict[str, Any]]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    lines = [columns, *([row[column] for column in columns] for row in rows)]
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
+    os.replace(temporary, path)
+
+
+def write_metrics(workdir: Path, history: History) -> None:
+    """Writes metrics.csv, a row per epoch, and memory_use.csv, a row per epoch and layer."""
+    write_csv(workdir / "metrics.csv", HISTORY_COLUMNS, history)
+    uses = [
+        {"epoch": row["epoch"], "layer": layer, **norms}
+        for row in history
+        for layer, norms in row["memory_use"].items()
+    ]
+    if uses:
+        write_csv(workdir / "memory_use.csv", ("epoch", "layer", "share", "own"), uses)
+
+
+class Events:
+    """TensorBoard events of a run, from `step` on; what an earlier try wrote later is purged."""
+
+    def __init__(self, workdir: Path, step: int):
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        for column in HISTORY_COLUMNS[2:]:
+            self._writer.add_scalar(column.replace("_", "/", 1), row[column], row["step"])
+        for layer, norms in row["memory_use"].items():
+            ratio = norms["share"] / norms["own"] if norms["own"] else float("nan")
+            self._writer.add_scalar(f"memory_use/{layer}", ratio, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def plot_history(path: Path, history: History, title: str) -> None:
+    """Plots accuracy and loss against epoch, with the cuts of the learning rate marked."""
+    epochs = [row["epoch"] for row in history]
+    rates = [row["learning_rate"] for row in history]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, what in zip(axes, ("accuracy", "loss"), strict=True):
+        for split in ("train", "val"):
+            label = {"train": "training", "val": "validation"}[split]
+            axis.plot(epochs, [row[f"{split}_{what}"] for row in history], label=label)
+        for i in _cuts(rates):
+            axis.axvline(epochs[i] - 0.5, color="grey", linestyle=":", linewidth=1)
+            axis.annotate(
+                f"{rates[i]:.0e}",
+                (epochs[i] - 0.5, 1),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                va="top",
+                ha="right",
+                fontsize=8,
+            )
+        axis.set(xlabel="epoch", ylabel=what)
+        axis.legend()
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _cuts(rates: Sequence[float]) -> list[int]:
+    """Returns the positions at which a rate is at most half the one before."""
+    return [i for i in range(1, len(rates)) if 0 < rates[i] <= rates[i - 1] / 2]
+
+
+def plot_memory_use(path: Path, history: History, title: str) -> None:
+    """Plots the memory's share of each layer that reads it, and the change by each update."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    labels = {
+        "read": "memory's share of the layer / layer's own output",
+        "update": "change of the memory / memory before",
+    }
+    for axis, kind in zip(axes, labels, strict=True):
+        layers = [layer for layer in history[0]["memory_use"] if layer.startswith(f"{kind} ")]
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(len(layers), 1)))
+        for layer, color in zip(layers, colors, strict=False):
+            uses = [row["memory_use"][layer] for row in history]
+            ratios = [use["share"] / use["own"] if use["own"] else np.nan for use in uses]
+            name = layer.removeprefix(f"{kind} ")
+            axis.plot([row["epoch"] for row in history], ratios, label=name, color=color)
+        axis.set(xlabel="epoch", ylabel="ratio of L2 norms", title=labels[kind])
+        axis.set_ylim(bottom=0)
+        if layers:
+            axis.legend(fontsize=8 if len(layers) < 10 else 5, ncols=1 + len(layers) // 12)
+        else:
+            axis.text(0.5, 0.5, f"no {kind}s", ha="center", transform=axis.transAxes)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def plot_confusion(path: Path, evaluation: Evaluation, classes: Sequence[str], title: str) -> None:
+    """Plots the share of each true class that was predicted as each class."""
+    counts = evaluation.confusion
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = min(max(4, 0.35 * len(classes) + 2), 24)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, label="share of the true class")
+    if len(classes) <= 20:
+        for (i, j), count in np.ndenumerate(counts):
+            if count:
+                color = "white" if shares[i, j] > 0.5 else "black"
+                axis.text(j, i, count, ha="center", va="center", color=color, fontsize=8)
+    ticks = range(len(classes))
+    axis.set_xticks(ticks, classes, rotation=90, fontsize=min(9, 400 / len(classes)))
+    axis.set_yticks(ticks, classes, fontsize=min(9, 400 / len(classes)))
+    axis.set(xlabel="predicted class", ylabel="true class", title=title)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, path)
+
+
+def per_class(evaluation: Evaluation, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns, for each class, its number of examples, recall, precision and F1 score.
+
+    A ratio without any example in its denominator is None.
+    """
+    rows = []
+    correct = np.diag(evaluation.confusion)
+    of_class, as_class = evaluation.confusion.sum(axis=1), evaluation.confusion.sum(axis=0)
+    for i, name in enumerate(classes):
+        total = of_class[i] + as_class[i]
+        rows.append(
+            {
+                "class": name,
+                "examples": int(of_class[i]),
+                "recall": float(correct[i] / of_class[i]) if of_class[i] else None,
+                "precision": float(correct[i] / as_class[i]) if as_class[i] else None,
+                "f1": float(2 * correct[i] / total) if total else None,
+            }
+        )
+    return rows
+
+
+def class_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the rows of `per_class` as lines of text."""
+    width = max(len("class"), *(len(row["class"]) for row in rows))
+    columns = ("examples", "recall", "precision", "f1")
+    lines = [f"{'class':{width}}" + "".join(f"  {column:>9}" for column in columns)]
+    for row in rows:
+        ratios = ["-" if row[c] is None else f"{row[c]:.4f}" for c in columns[1:]]
+        cells = [str(row["examples"]), *ratios]
+        lines.append(f"{row['class']:{width}}" + "".join(f"  {cell:>9}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,87 @@
+"""Learning-rate schedules, by step, and what validation decides, by epoch.
+
+Plateaus and early stopping are pure functions of the validation accuracies so far, with the
+semantics of the Keras callbacks ReduceLROnPlateau and EarlyStopping in mode "max" (keras.io);
+a run's history lies in its checkpoints, so there is no further state to save.
+"""
+
+import inspect
+import math
+from collections.abc import Sequence
+
+import optax
+from ml_collections import ConfigDict
+
+from aim_flax.errors import UsageError, check_choice
+
+SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "sgd": optax.sgd}
+
+
+def build_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+    """Returns step -> learning rate: a linear warm-up from 0, then constant or cosine to 0."""
+    schedule, peak = config.schedule, config.optimizer.learning_rate
+    check_choice("schedule.name", schedule.name, SCHEDULES)
+    total = config.train.epochs * steps_per_epoch
+    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    if not 0 <= warmup < total:
+        raise UsageError(
+            f"schedule.warmup_epochs is {schedule.warmup_epochs}, expected at least 0 and less"
+            f" than train.epochs ({config.train.epochs})"
+        )
+    if schedule.name == "constant":
+        rest = optax.constant_schedule(peak)
+    else:
+        rest = optax.cosine_decay_schedule(peak, total - warmup)
+    if not warmup:
+        return rest
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), rest], [warmup])
+
+
+def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns the optax optimiser of `config.optimizer`; a key that is None is left to optax.
+
+    Raises:
+      UsageError: an unknown optimiser, or an option that this one does not take.
+    """
+    options = {k: v for k, v in config.optimizer.items() if v is not None}
+    name = options.pop("name")
+    check_choice("optimizer.name", name, OPTIMIZERS)
+    build = OPTIMIZERS[name]
+    for option in options:
+        if option not in inspect.signature(build).parameters:
+            raise UsageError(f"optimizer.{option} is set, but {name} takes no {option}")
+    return build(**(options | {"learning_rate": schedule}))
+
+
+def plateau_cuts(accuracies: Sequence[float], patience: int, min_delta: float = 1e-4) -> list[int]:
+    """Returns the epochs, from 1, after which ReduceLROnPlateau cuts the learning rate.
+
+    Args:
+      accuracies: validation accuracy after each epoch.
+      patience: epochs without a gain of more than `min_delta` over the best that cause a cut.
+    """
+    cuts, best, waited = [], -math.inf, 0
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        if accuracy > best + min_delta:
+            best, waited = accuracy, 0
+            continue
+        waited += 1
+        if waited >= patience:
+            cuts.append(epoch)
+            waited = 0
+    return cuts
+
+
+def best_epoch(accuracies: Sequence[float], min_delta: float = 0.0) -> int:
+    """Returns the epoch, from 1, of the last gain of more than `min_delta` over the best."""
+    best, best_accuracy = 0, -math.inf
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        if accuracy > best_accuracy + min_delta:
+            best, best_accuracy = epoch, accuracy
+    return best
+
+
+def should_stop(accuracies: Sequence[float], patience: int, min_delta: float = 0.0) -> bool:
+    """Returns whether EarlyStopping ends the run after these epochs."""
+    return len(accuracies) - best_epoch(accuracies, min_delta) >= patience

@@ -1,0 +1,137 @@
+"""What one device computes: the training step, the evaluation step and their state.
+
+Everything is pure: a step depends on its state, its batch and keys that are folded from the
+run's seed and the step's number, so a run can be continued from its state alone. With an
+`axis_name`, gradients and metrics are averaged over the devices of that axis.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+
+# What keys are folded from the run's seed for.
+_INIT, _DATA, _DROPOUT = range(3)
+
+
+class TrainState(struct.PyTreeNode):
+    """All that a run needs to go on.
+
+    Attributes:
+      step: () int32, the number of steps taken.
+      params: the network's parameters, those of its memory among them.
+      model_state: the other collections: `batch_stats`, and `memory` where it is carried.
+      opt_state: the optimiser's.
+      learning_rate_scale: () float32, what plateaus have left of the schedule's learning rate.
+    """
+
+    step: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+    learning_rate_scale: jax.Array
+
+
+def data_key(seed: jax.Array | int) -> jax.Array:
+    """Returns the key that data order and augmentation are folded from."""
+    return jax.random.fold_in(jax.random.key(seed), _DATA)
+
+
+def create_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: jax.Array | int,
+    image_shape: tuple[int, ...],
+) -> TrainState:
+    """Returns the state at step 0 for images (B, *image_shape)."""
+    key = jax.random.fold_in(jax.random.key(seed), _INIT)
+    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state={k: v for k, v in variables.items() if k not in ("params", "intermediates")},
+        opt_state=optimizer.init(params),
+        learning_rate_scale=jnp.ones(()),
+    )
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    seed: jax.Array | int,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes one step of gradient descent on the mean cross-entropy.
+
+    Args:
+      images: (B, H, W, C) float32, this device's share of the batch.
+      labels: (B,) int32.
+      seed: the run's.
+
+    Returns:
+      The next state, and `loss` and `accuracy` of the whole batch, () float32, in training mode.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), state.step)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+
+    def loss_fn(params):
+        logits, model_state = model.apply(
+            {"params": params, **state.model_state},
+            images,
+            train=True,
+            mutable=list(state.model_state),
+            rngs={"dropout": key},
+        )
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, (logits, model_state)
+
+    (loss, (logits, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
+    if axis_name is not None:
+        grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda u: u * state.learning_rate_scale.astype(u.dtype), updates)
+    state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        model_state=model_state,
+        opt_state=opt_state,
+    )
+    return state, metrics
+
+
+def eval_step(
+    model: nn.Module,
+    variables: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+    num_classes: int,
+) -> dict[str, jax.Array]:
+    """Returns sums over the examples of a batch that `mask` counts.
+
+    Args:
+      images: (B, H, W, C) float32.
+      labels: (B,) int32.
+      mask: (B,) bool, False for padding.
+
+    Returns:
+      loss: () float32, summed cross-entropy. confusion: (classes, classes) int32, the number of
+      examples of each true class (row) and predicted class (column). count: () int32.
+    """
+    logits = model.apply(variables, images, train=False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    confusion = jnp.zeros((num_classes, num_classes), jnp.int32)
+    return {
+        "loss": jnp.where(mask, losses, 0.0).sum(),
+        "confusion": confusion.at[labels, logits.argmax(-1)].add(mask.astype(jnp.int32)),
+        "count": mask.sum(dtype=jnp.int32),
+    }
