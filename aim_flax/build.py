@@ -26,7 +26,7 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
 
     Args:
       config: with `model` (a `name` of MODELS and that class's fields), `memory` (None, or the
-        fields of `Memory` and `AiM`, and those of `MemoryUpdate` under `update`) and `dtype`.
+        fields of `Memory` and `AiM`, and those of `MemoryUpdate` under `update_block`) and `dtype`.
       axis_name: the device axis over which training averages batch statistics and the carried
         memory; None on one device.
 
@@ -42,7 +42,9 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     if config.memory is None:
         return backbone
     fields = _values(config.memory)
-    update = _construct("memory.update", MemoryUpdate, fields.pop("update", {}) | common)
+    update = _construct(
+        "memory.update_block", MemoryUpdate, fields.pop("update_block", {}) | common
+    )
     of_memory = {f: fields.pop(f) for f in ("shape", "kind", "kernel_size") if f in fields}
     memory = _construct("memory", Memory, of_memory)
     parts = dict(backbone=backbone, memory=memory, update=update)

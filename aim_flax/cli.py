@@ -29,10 +29,9 @@ def train(argv: Sequence[str] | None = None) -> None:
     args, assignments = _parse(parser, argv)
 
     def work() -> None:
-        config = configs.load(args.config)
-        configs.override(config, assignments)
+        config = configs.override(configs.load(args.config), assignments)
         # Imported after the flags are known to be right: JAX takes seconds to start.
-        from aim_flax import backend, training
+        from aim_flax import backend, training, workdir
         from aim_flax.describe import describe
 
         if args.describe:
@@ -40,7 +39,7 @@ def train(argv: Sequence[str] | None = None) -> None:
             return
         if warning := backend.warning():
             print(warning, file=sys.stderr)
-        training.run(config, args.workdir or training.default_workdir(config), args.devices)
+        training.run(config, args.workdir or workdir.default_workdir(config), args.devices)
 
     _run(work)
 

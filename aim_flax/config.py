@@ -4,6 +4,7 @@ A config file defines `ARMS`, the names of its arms with the default first, and
 `get_config(arm)`, which returns a `ConfigDict`. Arms differ only in what they study.
 """
 
+import copy
 import importlib.util
 import json
 from collections.abc import Iterable, Sequence
@@ -42,8 +43,8 @@ def load(file_and_arm: str) -> ConfigDict:
     return module.get_config(arm).lock()
 
 
-def override(config: ConfigDict, assignments: Sequence[str]) -> None:
-    """Sets keys of `config` in place from "key.path=value" strings, each to its own type.
+def override(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
+    """Returns a copy with keys set by "key.path=value" strings, each to its own type.
 
     Raises:
       UsageError: an unknown key, with the nearest valid one, or a value of another type.
@@ -57,12 +58,17 @@ def override(config: ConfigDict, assignments: Sequence[str]) -> None:
             raise UsageError(f"{key!r} {why}{nearest(key, known)}")
         if not equals:
             raise UsageError(f"{key!r} has no value: expected {key}=VALUE")
+    config = copy.deepcopy(config)
+    # Of a key that is set twice the last counts; the flag of a tuple would join them.
+    last = {assignment.partition("=")[0]: assignment for assignment in assignments}
+    argv = ["config", *(f"--config.{assignment}" for assignment in last.values())]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     try:
-        values(["config", *(f"--config.{assignment}" for assignment in assignments)])
+        values(argv)
     except (flags.Error, ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from None
+    return config
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:

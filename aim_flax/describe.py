@@ -60,7 +60,9 @@ def _table(variables: Mapping[str, Any], backbone: Mapping[str, Any]) -> list[tu
             if leaf.size > size:
                 row = counts.setdefault(_part(path), [0, 0])
                 row[column] += leaf.size - size
-    return [(name, *sizes) for name, sizes in counts.items()]
+    order = ("backbone", "memory", "memory_initial", "read", "update")
+    names = sorted(counts, key=lambda name: (order.index(name.partition(" ")[0]), name))
+    return [(name, *counts[name]) for name in names]
 
 
 def _part(path: tuple[str, ...]) -> str:

@@ -26,7 +26,7 @@ class InterruptionError(RuntimeError):
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the valid name closest to `name`, or ""."""
-    close = difflib.get_close_matches(name, list(valid), n=1)
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import Scope
 
 from aim_flax.errors import UsageError, check_choice, nearest
 from aim_flax.memory import Memory, MemoryUpdate, fit
@@ -25,6 +26,10 @@ READ_MODES = ("concat", "add")
 CARRIES = ("weights", "state")
 READABLE = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
 _OWN_NAMES = ("memory", "memory_initial", "memory_read", "memory_update")
+
+# Part of JAX's cache keys. Without it nn.jit could take its init from a plain network's cache, and
+# the latch, which sees only what is traced, would not even know that there is an nn.jit to refuse.
+_init_context = jax.make_user_context(default_value=False)
 
 Patterns = str | Sequence[str]
 
@@ -73,9 +78,6 @@ class AiM(nn.Module):
     carry: str = "weights"
     carry_rate: float = 0.1
 
-    def setup(self):
-        nn.share_scope(self, self.backbone)
-
     @nn.compact
     def __call__(self, *args: Any, train: bool = False, **kwargs: Any) -> Any:
         """Calls the backbone with these arguments and returns what it returns.
@@ -88,9 +90,13 @@ class AiM(nn.Module):
         self._check_options()
         if "train" in inspect.signature(type(self.backbone).__call__).parameters:
             kwargs["train"] = train
-        latch = _Latch(self, train)
-        with nn.intercept_methods(latch.intercept):
-            outputs = self.backbone(*args, **kwargs)
+        # Flax binds attributes one level down and takes their names. The backbone belongs in this
+        # module's own place, where no name is taken but the memories'.
+        scope = self.scope.rewound()
+        latch = _Latch(self, scope, train)
+        backbone = self.backbone.unbind()[0].clone(parent=scope)
+        with _init_context(self.is_initializing()), nn.intercept_methods(latch.intercept):
+            outputs = backbone(*args, **kwargs)
         latch.check_patterns()
         latch.carry_on()
         return outputs
@@ -111,32 +117,40 @@ class AiM(nn.Module):
 class _Latch:
     """One forward pass: the memory as it stands, and what has been seen of the backbone."""
 
-    def __init__(self, aim: AiM, train: bool):
-        self.aim, self.train = aim, train
+    def __init__(self, aim: AiM, scope: Scope, train: bool):
+        self.aim, self.scope, self.train = aim, scope, train
         self.read = _compile(aim.read)
         self.update_after = _compile(aim.update_after)
         self.read_initial = _compile(aim.read_initial)
         self.matched: set[re.Pattern] = set()
         self.seen: dict[str, nn.Module] = {}
         self.updates: dict[str, MemoryUpdate] = {}
-        self.weights = aim.memory()
+        self.weights = self._memory("memory")
         self.current = self.weights
         if aim.carry == "state":
             content = self.weights[0]
             self.carried = aim.variable("memory", "carried", jnp.zeros_like, content)
             self.current = self.weights + self.carried.value
         if self.read_initial:
-            self.initial = aim.memory.clone(parent=aim, name="memory_initial")()
+            self.initial = self._memory("memory_initial")
+
+    def _memory(self, name: str) -> jax.Array:
+        return self.aim.memory.clone(parent=self.scope.push(name), name=None)()
 
     def intercept(
         self, next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
     ) -> Any:
         module = context.module
-        names = module.path[len(self.aim.path) :]
+        names = module.path[len(self.scope.path) :]
         if context.method_name != "__call__" or not names or set(names) & set(_OWN_NAMES):
             return next_fun(*args, **kwargs)
         path = "/".join(names)
         self.seen[path] = module
+        if any("jit(" in transformation for transformation in self._transformations(module)):
+            raise UsageError(
+                f"{path!r} runs inside nn.jit, which calls what it compiled before and so would"
+                " read an old memory: remove nn.jit and compile the whole step with jax.jit"
+            )
         if self._match(self.read, path):
             y = self._read(next_fun, args, kwargs, module, path)
         elif self._match(self.read_initial, path):
@@ -146,6 +160,12 @@ class _Latch:
         if self._match(self.update_after, path):
             self._update(y, module, path)
         return y
+
+    def _transformations(self, module: nn.Module) -> list[str]:
+        """Returns the Flax transformations within the backbone that this call runs inside."""
+        outer = self.scope.debug_path + module.path[len(self.scope.path) :]
+        inner = module.scope.debug_path
+        return [name for name, plain in zip(inner, outer, strict=False) if name != plain]
 
     def _match(self, patterns: Sequence[re.Pattern], path: str) -> bool:
         matching = [pattern for pattern in patterns if pattern.fullmatch(path)]
@@ -174,11 +194,11 @@ class _Latch:
         return y
 
     def _update(self, y: Any, module: nn.Module, path: str) -> None:
-        if module.scope.root is not self.aim.scope.root:
+        if self._transformations(module):
             raise UsageError(
                 f"update_after matches {path!r}, which runs inside a Flax transformation (nn.remat,"
-                " nn.scan, nn.vmap, nn.jit, ...): what is written there cannot leave it; update"
-                " after the transformed module instead"
+                " nn.scan, nn.vmap, ...): what is written there cannot leave it; update after a"
+                " module around the transformed one, or behind it"
             )
         ranks = "(B, H, W, C)" if self.current.ndim == 4 else "(B, ..., C)"
         least, most = (4, 4) if self.current.ndim == 4 else (2, 99)
@@ -198,7 +218,8 @@ class _Latch:
         before = self.current
         self.current = self.updates[path](y, before, train=self.train)
         if module.is_mutable_collection("intermediates") and not module.is_initializing():
-            _record(module, self.current - before, before, "memory_update_use")
+            change = self.current.astype(jnp.float32) - before.astype(jnp.float32)
+            _record(module, change, before, "memory_update_use")
 
     def check_patterns(self) -> None:
         """Raises UsageError for a pattern that matched nothing in this pass."""
@@ -252,6 +273,8 @@ def _as_input(m: jax.Array, x: jax.Array, module: nn.Module, path: str) -> jax.A
             raise UsageError(
                 f"{refusal}a convolution reads a memory of shape (R, K, D), not {m.shape[1:]}"
             )
+        if module.mask is not None:
+            raise UsageError(f"{refusal}its mask says nothing about the memory's channels")
         _check_batch(m, x, path)
         return fit(m, x.shape[1], x.shape[2]).astype(x.dtype)
     if not isinstance(module, READABLE):
@@ -304,6 +327,9 @@ def _read_layer(module: nn.Module, zero_init: bool) -> nn.Module:
 
 def _record(module: nn.Module, share: jax.Array, own: jax.Array, name: str = "memory_use") -> None:
     """Records L2 norms per example, averaged over the batch, in `intermediates`."""
+
+    # A share that is the same for all examples, or all positions, counts in each of them.
+    share = jnp.broadcast_to(share, jnp.broadcast_shapes(share.shape, own.shape))
 
     def norm(y: jax.Array) -> jax.Array:
         squares = jnp.square(y.astype(jnp.float32)).sum(axis=tuple(range(1, y.ndim)))

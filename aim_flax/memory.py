@@ -9,6 +9,7 @@ memory is (1 or B, R, K, D), that is R rows, K columns and D channels; a dense m
 import math
 from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +69,9 @@ class Memory(nn.Module):
 def check_memory(shape: Sequence[int], kind: str) -> tuple[int, ...]:
     """Returns `shape` as a tuple, or raises UsageError when it is none for this kind of memory."""
     check_choice("the memory's kind", kind, MEMORY_KINDS)
-    shape = tuple(shape)
+    shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
     ranks = {"conv": (3,), "dense": (1,), "direct": (1, 3)}[kind]
-    if len(shape) not in ranks or any(n < 1 for n in shape):
+    if len(shape) not in ranks or not _positive(shape):
         forms = " or ".join({1: "(D,)", 3: "(R, K, D)"}[rank] for rank in ranks)
         raise UsageError(f"a {kind} memory has shape {forms}, each at least 1, not {shape}")
     return shape
@@ -236,7 +237,11 @@ def _pooling(size: int, out: int) -> np.ndarray:
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Returns a kernel size as (rows, columns)."""
-    kernel = (size, size) if isinstance(size, int) else tuple(size)
-    if len(kernel) != 2 or any(k < 1 for k in kernel):
+    kernel = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(kernel) != 2 or not _positive(kernel):
         raise UsageError(f"a kernel size is a positive int or two of them, not {size!r}")
     return kernel
+
+
+def _positive(sizes: Sequence[int]) -> bool:
+    return all(isinstance(size, Integral) and size >= 1 for size in sizes)

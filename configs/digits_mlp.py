@@ -68,7 +68,7 @@ def _memory(arm: str) -> ConfigDict:
     memory.read_mode = "concat"  # or add
     memory.zero_init = False  # with add: start the read kernels at zero
     memory.update_after = "" if arm == "aim_no_update" else r"layer\d+"
-    memory.update = ConfigDict({"features": (16, 16, 32)})
+    memory.update_block = ConfigDict({"features": (16, 16, 32)})
     memory.carry = "state" if arm == "aim_state" else "weights"
     memory.carry_rate = 0.1
     return memory

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from aim_flax.errors import check_choice
+
 ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "sigmoid": nn.sigmoid, "tanh": nn.tanh}
 
 
@@ -45,6 +47,9 @@ class MLP(nn.Module):
       dropout: rate after the activation, in training only; needs a "dropout" key if above 0.
       dtype: of the computation; parameters and logits are float32 whatever it is.
       axis_name: device axis over which batch statistics are averaged in training, or None.
+
+    Raises:
+      UsageError: on an unknown activation.
     """
 
     num_classes: int
@@ -58,6 +63,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits (B, num_classes), float32, of images (B, ...)."""
+        check_choice("activation", self.activation, ACTIVATIONS)
         x = images.reshape(images.shape[0], -1)
         for i, features in enumerate(self.features, start=1):
             x = Layer(

@@ -1,0 +1,74 @@
+"""A run's directory: whose it is, and what code wrote it."""
+
+import importlib.metadata
+import os
+import subprocess
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from aim_flax import report
+from aim_flax.config import differing_keys, flatten, from_json, to_json
+from aim_flax.errors import UsageError
+
+
+def default_workdir(config: ConfigDict) -> Path:
+    return Path("runs") / f"{config.name}-{config.arm}-{config.seed}"
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what a result depends on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"aim_flax": _code_version(), **found}
+
+
+def _code_version() -> str:
+    """Returns the package's version, and the git commit where it runs from a checkout."""
+    version = importlib.metadata.version("aim_flax")
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return version
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return version
+    return f"{version}+{commit}{'.changed' if changed else ''}"
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes the workdir this run's own, or raises UsageError and leaves it as it was."""
+    saved = workdir / "config.json"
+    if saved.is_file():
+        other = from_json(saved.read_text())
+        differing = differing_keys(other, config)
+        if differing:
+            old, new = flatten(other), flatten(config)
+            changes = (f"{k} ({old.get(k)!r} there, {new.get(k)!r} here)" for k in differing)
+            raise UsageError(
+                f"{workdir} holds a run of another config, which differs in {', '.join(changes)};"
+                " choose another --workdir"
+            )
+        if not os.access(workdir, os.W_OK):
+            raise UsageError(f"{workdir} is not writable")
+    elif workdir.exists():
+        if not workdir.is_dir():
+            raise UsageError(f"{workdir} is a file, expected a directory")
+        if any(not file.name.startswith(".") for file in workdir.iterdir()):
+            raise UsageError(f"{workdir} is not empty and holds no run; choose another --workdir")
+    if jax.process_index() != 0:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # In this order: a workdir with a config is a run's, whenever this process is killed.
+        if not saved.is_file():
+            report.write_text(saved, to_json(config))
+        if not (workdir / "code_version.json").is_file():
+            report.write_json(workdir / "code_version.json", versions())
+    except OSError as error:
+        raise UsageError(f"{workdir} is not writable: {error.strerror}") from None

@@ -1,0 +1,41 @@
+"""Set before JAX starts: eight virtual CPU devices, strict rules, and compiling each program once."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Tests, and the processes that they start, compile many programs again and again.
+    cache = tempfile.mkdtemp(prefix="aim_flax_tests_")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import jax
+import pytest
+
+# With few cores, several steps with collectives in flight wait for each other without end.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Compiles without XLA's optimisations: several times faster, for tests of tiny programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def standard_promotion():
+    """For what uses optax's Adam or bfloat16 batch norms, which promote dtypes implicitly."""
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,0 +1,86 @@
+"""The command lines: flags, one clear line for a mistake, and exit statuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aim_flax import cli
+from tests.test_training import DIGITS, ROOT, SMALL
+
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
+
+FLAGS = [f"--config.{assignment}" for assignment in SMALL]
+
+
+def fails(capsys, command, *argv) -> str:
+    """Returns the one line with which a command line is refused."""
+    with pytest.raises(SystemExit) as exit_:
+        command(list(argv))
+    assert exit_.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--config", f"{DIGITS}:control", "--config.train.epoch=5"],
+            "did you mean 'train.epochs'",
+        ),
+        (["--config", f"{DIGITS}:contol"], "has no arm 'contol' (did you mean 'control'?)"),
+        (["--config", "configs/nothing.py"], "config file 'configs/nothing.py' not found"),
+        (["--config", DIGITS, "stray"], "unknown argument 'stray'"),
+        (["--config", DIGITS, "--confg.seed=1"], "unknown argument '--confg.seed=1'"),
+        (["--config", DIGITS, "--config.seed=x"], "invalid literal for int"),
+        (["--config", DIGITS, "--config.memory.shape=(0,)"], "each at least 1, not (0,)"),
+        (["--config", DIGITS, "--config.memory.read=layer2/dens"], "did you mean 'layer2/dense'?"),
+        ([], "the following arguments are required: --config"),
+    ],
+)
+def test_wrong_use_of_train_is_one_line_and_touches_nothing(
+    capsys, tmp_path, monkeypatch, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    line = fails(capsys, cli.train, *flags)
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_and_eval_on_the_command_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = [*FLAGS, "--config.train.epochs", "2", "--config.seed=3", "--devices", "1"]
+    cli.train(["--config", DIGITS, *small])
+    output = capsys.readouterr().out
+    assert "step 38/38: train_loss" in output
+    assert "digits_mlp:aim seed 3: test accuracy" in output
+    workdir = Path("runs/digits_mlp-aim-3")
+    assert (workdir / "summary.json").is_file()
+    cli.train(["--config", DIGITS, *small])
+    assert capsys.readouterr().out == f"{workdir} holds this run, finished\n"
+    cli.evaluate(["--workdir", str(workdir), "--split", "val", "--checkpoint", "38"])
+    assert "val split, 180 images" in capsys.readouterr().out
+    assert (workdir / "eval_val.json").is_file()
+    line = fails(capsys, cli.evaluate, "--workdir", str(workdir), "--checkpoint", "39")
+    assert "no checkpoint of step 39" in line
+
+
+def test_workdir_that_cannot_be_written_is_told(capsys, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    line = fails(capsys, cli.train, "--config", DIGITS, *FLAGS, "--workdir", str(file / "run"))
+    assert "is not writable: Not a directory" in line
+
+
+def test_scripts_run_from_anywhere(tmp_path):
+    for script, flag in (("train.py", "--config"), ("eval.py", "--workdir")):
+        run = subprocess.run(
+            [sys.executable, ROOT / script, flag, "nowhere"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 2
+        assert len(run.stderr.splitlines()) == 1
+        assert run.stderr.startswith(f"{script}: ")

@@ -1,0 +1,125 @@
+"""Learning rates, plateaus and early stopping."""
+
+import csv
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from aim_flax.errors import UsageError
+from aim_flax.schedules import (
+    best_epoch,
+    build_optimizer,
+    build_schedule,
+    plateau_cuts,
+    should_stop,
+)
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+DATA = Path(__file__).parent / "data"
+
+
+def published(network: str) -> list[dict[str, float]]:
+    """Per-epoch figures that the author's own run printed."""
+    with (DATA / f"published_history_{network}.csv").open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    ("network", "cuts", "stops"),
+    [("aim_resnet50", [11, 43], None), ("resnet50_control", [27, 36, 39], 40)],
+)
+def test_published_accuracies_give_published_schedule(network, cuts, stops):
+    history = published(network)
+    accuracies = [row["val_accuracy"] for row in history]
+    assert plateau_cuts(accuracies, patience=3, min_delta=1e-4) == cuts
+    ends = [
+        epoch
+        for epoch in range(1, len(accuracies) + 1)
+        if should_stop(accuracies[:epoch], patience=7, min_delta=1e-3)
+    ]
+    assert ends == ([] if stops is None else [stops])
+    rates = [1e-3 * 0.1 ** sum(cut < row["epoch"] for cut in cuts) for row in history]
+    np.testing.assert_allclose(rates, [row["learning_rate"] for row in history], rtol=1e-9)
+
+
+def test_plateau_waits_anew_after_each_cut_and_needs_more_than_min_delta():
+    assert plateau_cuts([0.5] * 8, patience=3) == [4, 7]
+    assert plateau_cuts([0.5, 0.5 + 1e-4, 0.5, 0.5], patience=3, min_delta=1e-3) == [4]
+    assert plateau_cuts([0.1, 0.2, 0.3, 0.4], patience=1) == []
+    assert plateau_cuts([], patience=3) == []
+
+
+def test_best_epoch_is_the_first_of_equals():
+    assert best_epoch([0.1, 0.7, 0.7, 0.6]) == 2
+    assert best_epoch([0.1, 0.7, 0.7005], min_delta=1e-3) == 2
+
+
+def config(**changes) -> ConfigDict:
+    values = {
+        "optimizer": {"name": "sgd", "learning_rate": 0.5, "momentum": None, "weight_decay": None},
+        "schedule": {"name": "constant", "warmup_epochs": 0.0},
+        "train": {"epochs": 10},
+    }
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        values[group][name] = value
+    return ConfigDict(values)
+
+
+def test_constant_schedule_with_warmup():
+    schedule = build_schedule(config(schedule__warmup_epochs=2.0), steps_per_epoch=5)
+    rates = [float(schedule(step)) for step in (0, 5, 10, 49)]
+    assert rates == pytest.approx([0.0, 0.25, 0.5, 0.5])
+
+
+def test_cosine_schedule_goes_to_zero_at_the_end():
+    schedule = build_schedule(
+        config(schedule__name="cosine", schedule__warmup_epochs=2.0), steps_per_epoch=5
+    )
+    rates = [float(schedule(step)) for step in (0, 10, 30, 50)]
+    assert rates == pytest.approx([0.0, 0.5, 0.25, 0.0], abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule__name": "cosin"}, "schedule.name is 'cosin', .*did you mean 'cosine'"),
+        ({"schedule__warmup_epochs": 10.0}, "warmup_epochs is 10.0, expected .* less"),
+        ({"optimizer__name": "adamm"}, "optimizer.name is 'adamm', .*did you mean 'adam"),
+        (
+            {"optimizer__name": "adam", "optimizer__momentum": 0.9},
+            "optimizer.momentum is set, but adam takes no momentum",
+        ),
+    ],
+)
+def test_wrong_options_are_named(changes, message):
+    wrong = config(**changes)
+    with pytest.raises(UsageError, match=message):
+        build_optimizer(wrong, build_schedule(wrong, steps_per_epoch=5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reference"),
+    [
+        ({"optimizer__momentum": 0.9}, optax.sgd(0.5, momentum=0.9)),
+        ({"optimizer__name": "adam"}, optax.adam(0.5)),
+        (
+            {"optimizer__name": "adamw", "optimizer__weight_decay": 0.1},
+            optax.adamw(0.5, weight_decay=0.1),
+        ),
+    ],
+)
+def test_optimizers_are_optax_with_these_options(changes, reference):
+    built = build_optimizer(config(**changes), optax.constant_schedule(0.5))
+    params = {"w": jnp.array([1.0, -2.0])}
+    ours, theirs = built.init(params), reference.init(params)
+    for gradient in ([0.1, 0.2], [0.3, -0.4]):
+        gradients = {"w": jnp.array(gradient)}
+        update, ours = built.update(gradients, ours, params)
+        expected, theirs = reference.update(gradients, theirs, params)
+        np.testing.assert_allclose(update["w"], expected["w"], rtol=1e-6)
