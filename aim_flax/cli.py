@@ -30,7 +30,7 @@ def train(argv: Sequence[str] | None = None) -> None:
 
     def work() -> None:
         config = configs.override(configs.load(args.config), assignments)
-        # Imported after the flags are known to be right: JAX takes seconds to start.
+        # Imported once the flags are known to be right: orbax and others take seconds.
         from aim_flax import backend, training, workdir
         from aim_flax.describe import describe
 
@@ -41,7 +41,7 @@ def train(argv: Sequence[str] | None = None) -> None:
             print(warning, file=sys.stderr)
         training.run(config, args.workdir or workdir.default_workdir(config), args.devices)
 
-    _run(work)
+    run_reporting_errors(work)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +64,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
             print(warning, file=sys.stderr)
         restoring.evaluate_run(args.workdir, args.checkpoint, args.split, args.devices)
 
-    _run(work)
+    run_reporting_errors(work)
 
 
 def _parse(
@@ -84,7 +84,8 @@ def _parse(
     return args, assignments
 
 
-def _run(work: Callable[[], None]) -> None:
+def run_reporting_errors(work: Callable[[], None]) -> None:
+    """Calls a command's work; what a user did wrong becomes one line and an exit status."""
     # Orbax and absl report each step of each checkpoint; what a user needs, this project says.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
