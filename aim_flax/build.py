@@ -12,8 +12,10 @@ from aim_flax.errors import UsageError, check_choice, nearest
 from aim_flax.latch import AiM
 from aim_flax.memory import Memory, MemoryUpdate
 from aim_flax.models.mlp import MLP
+from aim_flax.models.resnet import ResNet
+from aim_flax.models.vgg import VGG
 
-MODELS = {"mlp": MLP}
+MODELS = {"mlp": MLP, "resnet": ResNet, "vgg": VGG}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 

@@ -10,13 +10,14 @@ from ml_collections import ConfigDict
 
 from aim_flax.build import build_model
 from aim_flax.config import flatten
+from aim_flax.data.augment import augment, check_options
 from aim_flax.data.in_memory import epoch_order, gather, steps_per_epoch
 from aim_flax.data.load import load_dataset
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.evaluation import Evaluation, build_evaluate, memory_use
 from aim_flax.parallel import AXIS, Devices
 from aim_flax.schedules import build_optimizer, build_schedule
-from aim_flax.steps import TrainState, create_state, data_key, train_step
+from aim_flax.steps import TrainState, augment_key, create_state, data_key, train_step
 
 
 class Experiment:
@@ -46,6 +47,7 @@ class Experiment:
                 f"train.batch_size is {batch_size}, which {self.devices.count} devices cannot"
                 " share equally"
             )
+        check_options(config.augment or {})
         self.model = build_model(config, axis_name=AXIS)
         self.dataset = load_dataset(config)
         examples = len(self.dataset.splits["train"])
@@ -86,6 +88,7 @@ class Experiment:
         batch_size = self.config.train.batch_size
         local = batch_size // self.devices.count
         num_examples, scale = len(self.dataset.splits["train"]), self.dataset.scale
+        augmentation = self.config.augment and self.config.augment.to_dict()
 
         def on_device(state, split, seed):
             epoch = state.step // self.epoch_steps
@@ -93,9 +96,12 @@ class Experiment:
             rank = jax.lax.axis_index(AXIS)
 
             def body(state, _):
-                start = state.step % self.epoch_steps * batch_size + rank * local
+                first = rank * local
+                start = state.step % self.epoch_steps * batch_size + first
                 indices = jax.lax.dynamic_slice_in_dim(order, start, local)
                 images, labels = gather(split, indices, scale)
+                if augmentation is not None:
+                    images = augment(images, augment_key(seed, state.step), first, augmentation)
                 return train_step(
                     self.model, self.optimizer, state, images, labels, seed, axis_name=AXIS
                 )

@@ -149,40 +149,36 @@ def read_keras_hdf5(path: str | PathLike) -> dict[str, dict[str, np.ndarray]]:
     try:
         with h5py.File(path) as file:
             group = file.get("model_weights", file)
-            if "layer_names" not in group.attrs:
-                raise UsageError(
-                    f"{path} has no attribute layer_names, so it is not what Keras 2 writes by"
-                    ' save_weights("x.h5") or save("x.h5")'
-                )
-            return {
-                layer: dict(arrays)
-                for layer in _names(group.attrs["layer_names"])
-                if (arrays := list(_arrays(group[layer])))
-            }
+            layers = {name: dict(_arrays(group[name])) for name in _names(group, "layer_names")}
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
-    except (OSError, KeyError, RuntimeError) as error:
+    # What h5py raises depends on where the file is damaged.
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())
-        raise UsageError(f"{path} cannot be read as an HDF5 file of Keras: {message}") from None
+        raise UsageError(
+            f'{path} holds no weights that Keras 2 wrote by save_weights("x.h5") or save("x.h5"),'
+            f" or is damaged: {message}"
+        ) from None
+    return {layer: arrays for layer, arrays in layers.items() if arrays}
 
 
 def _arrays(layer: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (role, array) for each weight of a layer's HDF5 group."""
-    for name in _names(layer.attrs["weight_names"]):
+    for name in _names(layer, "weight_names"):
         # Such as "conv1/kernel:0"; Keras 3 leaves out the ":0".
         yield name.split("/")[-1].partition(":")[0], layer[name][()]
 
 
-def _names(attribute: Iterable[bytes | str]) -> list[str]:
-    return [name.decode() if isinstance(name, bytes) else name for name in attribute]
+def _names(group: Any, attribute: str) -> list[str]:
+    names = group.attrs[attribute]
+    return [name.decode() if isinstance(name, bytes) else name for name in names]
 
 
 def _published(shapes: Mapping[tuple[str, str], tuple[int, ...]]) -> Iterator[_Weight]:
     """Yields every weight of the published network, sized as most of the given shapes show."""
-    ends = [("fc1000", role, -1, 0) for role in ("kernel", "bias")]
-    classes = _deduce(shapes, ends, "classes")
+    classes = _deduce(shapes, [("fc1000", "kernel", 2), ("fc1000", "bias", 1)], "classes")
     memories = ["mem_init", "mem_global", *(f"Memory{stage}a_branch" for stage in (2, 3, 4))]
-    ends = [(layer, role, -1, 0) for layer in memories for role in ("kernel", "bias")]
+    ends = [(layer, *end) for layer in memories for end in (("kernel", 4), ("bias", 1))]
     depth = _deduce(shapes, ends, "D")
     yield from _layer("conv1", ("stem", "conv"), (7, 7, 3, WIDTH))
     yield from _norm("bn_conv1", ("stem", "norm"), WIDTH)
@@ -246,22 +242,25 @@ def _memory_channels(shapes: Mapping[tuple[str, str], tuple[int, ...]], stage: i
     layers = [f"res{stage + 1}{block}_branch2a" for block in "bcdef"[: STAGE_SIZES[stage - 1] - 1]]
     if stage < len(STAGE_SIZES):
         layers += [f"res{stage + 2}a_branch2a", f"mem_conv{stage + 1}a_branch_a"]
-    return _deduce(shapes, [(layer, "kernel", -2, inputs) for layer in layers], "memory")
+    reads = [(layer, "kernel", 4) for layer in layers]
+    return _deduce(shapes, reads, "memory", axis=-2, front=inputs)
 
 
 def _deduce(
     shapes: Mapping[tuple[str, str], tuple[int, ...]],
-    readings: Iterable[tuple[str, str, int, int]],
+    readings: Iterable[tuple[str, str, int]],
     unknown: str,
+    axis: int = -1,
+    front: int = 0,
 ) -> int | str:
-    """Returns the commonest size that (layer, role, axis, channels in front) show.
+    """Returns the commonest size along `axis`, less `front`, of weights (layer, role, rank).
 
     Where none shows a positive one, returns `unknown`, which then stands in the error's shape.
     """
     sizes: Counter[int] = Counter()
-    for layer, role, axis, front in readings:
+    for layer, role, rank in readings:
         shape = shapes.get((layer, role), ())
-        if len(shape) >= -axis and shape[axis] > front:
+        if len(shape) == rank and shape[axis] > front:
             sizes[shape[axis] - front] += 1
     return sizes.most_common(1)[0][0] if sizes else unknown
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import struct
 
 # What keys are folded from the run's seed for.
-_INIT, _DATA, _DROPOUT = range(3)
+_INIT, _DATA, _DROPOUT, _AUGMENT = range(4)
 
 
 class TrainState(struct.PyTreeNode):
@@ -36,8 +36,13 @@ class TrainState(struct.PyTreeNode):
 
 
 def data_key(seed: jax.Array | int) -> jax.Array:
-    """Returns the key that data order and augmentation are folded from."""
+    """Returns the key that the order of examples in each epoch is folded from."""
     return jax.random.fold_in(jax.random.key(seed), _DATA)
+
+
+def augment_key(seed: jax.Array | int, step: jax.Array | int) -> jax.Array:
+    """Returns the key of a step's augmentation."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _AUGMENT), step)
 
 
 def create_state(

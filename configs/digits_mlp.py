@@ -22,6 +22,8 @@ def get_config(arm: str = "aim") -> ConfigDict:
     config.data.name = "digits"
     config.data.image_shape = (8, 8, 1)
 
+    config.augment = None
+
     config.model = ConfigDict()
     config.model.name = "mlp"
     config.model.num_classes = 10

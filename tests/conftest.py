@@ -1,4 +1,4 @@
-"""Set before JAX starts: eight virtual CPU devices, strict rules, and compiling each program once."""
+"""Set before JAX starts: eight virtual CPU devices, strict rules, each program compiled once."""
 
 import atexit
 import os

@@ -24,6 +24,43 @@ COUNTS = {
     "digits_mlp:aim_no_update": (85_002 + 33_408 + 4_160, 0),
     "digits_mlp:aim_state": (85_002 + 33_408 + 4_160 + 2 * 8_192, 256),
     "digits_mlp:aim_direct": (85_002 + 33_408 + 64 + 2 * 8_192, 256),
+    # ResNet50 with convolution biases and 120 classes; statistics 53,120. At stem stride 1 the
+    # memory of 7·7·1024 = 50,176 floats has 4, 16, 64 and 256 channels on the stages' maps, so the
+    # 16 reads of conv1 have 388,352 weights and the three update blocks 392,832, with 384
+    # statistics. A memory of a 1x1 convolution: 1024·1024 + 1024.
+    "stanford_dogs_resnet50:published": (
+        23_780_472 + 388_352 + 392_832 + 2 * 1_049_600,
+        53_120 + 384,
+    ),
+    "stanford_dogs_resnet50:control": (23_780_472, 53_120),
+    "stanford_dogs_resnet50:control_stride1": (23_780_472, 53_120),
+    "stanford_dogs_resnet50:aim": (23_780_472 + 388_352 + 392_832 + 50_176, 53_504),
+    "stanford_dogs_resnet50:aim_no_update": (23_780_472 + 388_352 + 50_176, 53_120),
+    # Reads of the stem 49·64, and of every convolution of the stages.
+    "stanford_dogs_resnet50:aim_every_conv": (
+        23_780_472 + (3_136 + 11_776 + 115_200 + 1_380_352 + 5_537_792) + 392_832 + 50_176,
+        53_504,
+    ),
+    "stanford_dogs_resnet50:aim_state": (23_780_472 + 388_352 + 392_832 + 50_176, 53_504),
+    "stanford_dogs_resnet50:aim_kernel7": (
+        23_780_472 + 388_352 + 392_832 + 49 * 1024 * 1024 + 1024,
+        53_504,
+    ),
+    # At stem stride 2 it has four times the channels: 16, 64, 256 and 1024.
+    "stanford_dogs_resnet50:aim_stride2": (
+        23_780_472 + 4 * 388_352 + (392_832 + 9 * 16 * (12 + 48 + 192)) + 50_176,
+        53_504,
+    ),
+    "stanford_dogs_vgg16:control": (134_802_360, 50_176),
+    # Channels of the memory on the stages' maps: 1, 4, 16, 64, 256; dense layers read its 1024.
+    "stanford_dogs_vgg16:aim": (
+        134_802_360
+        + 9 * (2 * 64 + 2 * 4 * 128 + 3 * 16 * 256 + 3 * 64 * 512 + 3 * 256 * 512)
+        + 1024 * (4096 + 4096 + 120)
+        + (9 * 16 * (68 + 144 + 320 + 768) + 4 * 40_896)
+        + 50_176,
+        50_176 + 4 * 128,
+    ),
 }
 
 
@@ -61,6 +98,34 @@ def test_table_names_backbone_memory_reads_and_updates(capsys):
         ("update layer2", 8_192),
         ("total", 138_954),
     ]
+
+
+@pytest.mark.parametrize(
+    ("arm", "classes", "total"),
+    [
+        ("resnet50:published", 120, 26_714_360),
+        ("resnet50:published", 100, 26_673_380),
+        ("resnet50:control", 120, 23_833_592),
+        ("resnet50:control", 100, 23_792_612),
+        ("vgg16:control", 120, 134_852_536),
+    ],
+)
+def test_counts_are_those_of_the_published_code(arm, classes, total):
+    """As Keras counts the published networks: parameters and running statistics together."""
+    name, _, word = arm.partition(":")
+    config = configs.load(f"{CONFIGS}/stanford_dogs_{name}.py:{word}")
+    config = configs.override(config, [f"model.num_classes={classes}"])
+    assert f"parameters + running statistics: {total:,}\n" in describe(config)
+
+
+def test_control_has_a_quarter_of_the_multiplications():
+    """The published comparison's confound: the stems' strides differ."""
+    adds = {}
+    for arm in ("published", "control_stride1", "control"):
+        text = describe(configs.load(f"{CONFIGS}/stanford_dogs_resnet50.py:{arm}"))
+        adds[arm] = int(text.rsplit(maxsplit=1)[1].replace(",", ""))
+    assert adds["control_stride1"] == pytest.approx(4 * adds["control"], rel=1e-3)
+    assert adds["published"] == pytest.approx(1.08 * adds["control_stride1"], rel=0.01)
 
 
 def count(fn, *shapes) -> int:

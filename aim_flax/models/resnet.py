@@ -1,0 +1,169 @@
+"""ResNet with bottleneck blocks, as in the paper and in the code published with AiM.
+
+Sources: K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition" (2015);
+J. Lunkad's published code, a Keras ResNet50: convolutions with biases, the stride on a block's
+first 1x1 convolution and on its shortcut, batch norm with epsilon 1e-3 and momentum 0.99.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from aim_flax.errors import check_choice
+from aim_flax.models.pointwise import pointwise_einsum
+
+STEMS = ("imagenet", "cifar")
+POINTWISE = {"einsum": pointwise_einsum, "conv": None}
+
+
+class ResNet(nn.Module):
+    """Bottleneck ResNet; by default the published ResNet50 control.
+
+    Submodules: `stem`, `stage<s>_block<b>` (with `conv1`, `norm1`, ..., and `shortcut`,
+    `shortcut_norm` in the first block of a stage), `head`. Stages and blocks count from 1; each
+    of them returns its output.
+
+    Attributes:
+      num_classes: width of the output.
+      stage_sizes: blocks in each stage. ResNet50: 3, 4, 6, 3.
+      width: channels of the stem and of the inner convolutions of stage 1; doubles every stage.
+      stem: "imagenet" (7x7 convolution, 3x3 max pool of stride 2) or "cifar" (3x3 convolution of
+        stride 1, no pool).
+      stem_stride: of the 7x7 convolution. Published: 1 with memory, 2 in the control.
+      conv_bias: whether convolutions have biases. Published: yes, and each but the head's is
+        cancelled by the batch norm behind it.
+      momentum, epsilon: of the batch norms.
+      dtype: of the computation; None takes the inputs' and parameters' own,
+        also for the logits.
+      axis_name: device axis over which batch statistics are averaged in training, or None.
+      pointwise: "einsum" computes 1x1 convolutions as matrix products, which XLA does faster on
+        CPU; "conv" leaves them convolutions.
+    """
+
+    num_classes: int
+    stage_sizes: Sequence[int] = (3, 4, 6, 3)
+    width: int = 64
+    stem: str = "imagenet"
+    stem_stride: int = 2
+    conv_bias: bool = True
+    momentum: float = 0.99
+    epsilon: float = 1e-3
+    dtype: jnp.dtype | None = None
+    axis_name: str | None = None
+    pointwise: str = "einsum"
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Returns the logits, (B, num_classes), in float32 whatever `dtype` says.
+
+        Args:
+          images: (B, H, W, channels), floats.
+          train: whether batch norm uses (and records) the statistics of this batch.
+
+        Raises:
+          UsageError: for a `stem` or `pointwise` that does not exist.
+        """
+        check_choice("stem", self.stem, STEMS)
+        check_choice("pointwise", self.pointwise, POINTWISE)
+        conv = partial(
+            nn.Conv,
+            use_bias=self.conv_bias,
+            kernel_init=nn.initializers.he_normal(),
+            dtype=self.dtype,
+            conv_general_dilated=POINTWISE[self.pointwise],
+        )
+        norm = partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+        )
+        if self.stem == "imagenet":
+            x = ImageNetStem(self.width, self.stem_stride, conv, norm, name="stem")(images)
+        else:
+            x = CifarStem(self.width, conv, norm, name="stem")(images)
+        for stage, blocks in enumerate(self.stage_sizes, start=1):
+            for block in range(1, blocks + 1):
+                x = BottleneckBlock(
+                    features=self.width * 2 ** (stage - 1),
+                    stride=2 if stage > 1 and block == 1 else 1,
+                    project=block == 1,
+                    conv=conv,
+                    norm=norm,
+                    name=f"stage{stage}_block{block}",
+                )(x)
+        x = x.mean(axis=(1, 2))
+        logits = nn.Dense(
+            self.num_classes,
+            kernel_init=nn.initializers.glorot_uniform(),
+            dtype=self.dtype,
+            name="head",
+        )(x)
+        return logits if self.dtype is None else logits.astype(jnp.float32)
+
+
+class ImageNetStem(nn.Module):
+    """7x7 convolution, batch norm, relu, 3x3 max pool of stride 2."""
+
+    features: int
+    stride: int
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns (B, ceil(H / (2·stride)), ceil(W / (2·stride)), features)."""
+        x = self.conv(
+            self.features, (7, 7), strides=self.stride, padding=[(3, 3), (3, 3)], name="conv"
+        )(images)
+        x = nn.relu(self.norm(name="norm")(x))
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])
+
+
+class CifarStem(nn.Module):
+    """3x3 convolution, batch norm, relu."""
+
+    features: int
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns (B, H, W, features)."""
+        x = self.conv(self.features, (3, 3), name="conv")(images)
+        return nn.relu(self.norm(name="norm")(x))
+
+
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 and 1x1 convolution beside a shortcut.
+
+    Attributes:
+      features: of the first two convolutions; the block's output has four times as many.
+      stride: of the first convolution and the shortcut.
+      project: whether the shortcut is a 1x1 convolution, not the identity.
+    """
+
+    features: int
+    stride: int
+    project: bool
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns (B, ceil(H / stride), ceil(W / stride), 4·features)."""
+        y = self.conv(self.features, (1, 1), strides=self.stride, name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = self.conv(self.features, (3, 3), name="conv2")(y)
+        y = nn.relu(self.norm(name="norm2")(y))
+        y = self.conv(4 * self.features, (1, 1), name="conv3")(y)
+        y = self.norm(name="norm3")(y)
+        if self.project:
+            x = self.conv(4 * self.features, (1, 1), strides=self.stride, name="shortcut")(x)
+            x = self.norm(name="shortcut_norm")(x)
+        return nn.relu(x + y)

@@ -1,0 +1,83 @@
+"""Every arm of every config takes a training step, on maps smaller than its memory too."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aim_flax import build_model
+from aim_flax import config as configs
+from aim_flax.experiment import Experiment
+from aim_flax.schedules import build_optimizer
+from aim_flax.steps import create_state, train_step
+from tests.test_training import digits
+
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# Depth and width only: the patterns, the kinds of memory and all else stay as they are.
+SMALLER = {
+    "digits_mlp": ["model.features=(16,16)"],
+    "stanford_dogs_resnet50": ["model.stage_sizes=(2,1,1,1)", "model.width=4"],
+    "stanford_dogs_vgg16": ["model.widths=(4,4,8,8,8)", "model.dense_sizes=(16,16)"],
+}
+MEMORY = {"digits_mlp": "(8,)"}
+
+
+def arms() -> list[str]:
+    files = sorted(CONFIGS.glob("*.py"))
+    return [f"{file.stem}:{arm}" for file in files for arm in runpy.run_path(str(file))["ARMS"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", arms())
+def test_step_on_odd_images(arm):
+    """Photographs of 97x61 pixels: the last maps have fewer pixels than the memory has rows."""
+    name, _, word = arm.partition(":")
+    config = configs.load(f"{CONFIGS / name}.py:{word}")
+    changes = SMALLER[name] + ["data.image_shape=(97,61,3)"]
+    if config.memory is not None:
+        changes.append(f"memory.shape={MEMORY.get(name, '(7,7,12)')}")
+    config = configs.override(config, changes)
+    model = build_model(config)
+    optimizer = build_optimizer(config, lambda step: 1e-3)
+    create = jax.jit(lambda: create_state(model, optimizer, 0, (97, 61, 3)))
+    state = create()
+    images = jnp.asarray(np.random.default_rng(0).uniform(0, 255, (4, 97, 61, 3)), jnp.float32)
+    labels = jnp.arange(4)
+
+    step = jax.jit(lambda state: train_step(model, optimizer, state, images, labels, 0))
+    after, metrics = step(state)
+    assert np.isfinite(metrics["loss"])
+    assert int(after.step) == 1
+    for leaf in jax.tree.leaves(after):
+        assert np.isfinite(leaf).all()
+    assert set(after.model_state) == set(state.model_state)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, after.params)
+    assert moved["head"]["kernel"]
+    if config.memory is not None and config.memory.carry == "state":
+        assert np.abs(after.model_state["memory"]["carried"]).max() > 0
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_augmentation_is_the_same_on_any_number_of_devices(count):
+    config = digits("control")
+    with config.unlocked():
+        config.augment = {"rotation": 0.1, "translation": 0.1, "contrast": 0.5}
+    experiment = Experiment(config, count)
+    plain = Experiment(digits("control"), count)
+    losses = []
+    for e in (experiment, plain):
+        state = e.devices.replicate(e.initial_state())
+        seed = e.devices.replicate(np.uint32(0))
+        _, metrics = e.train_call(5)(state, e.replicated_split("train"), seed)
+        losses.append(e.devices.fetch(metrics)["loss"])
+    assert np.abs(losses[0] - losses[1]).min() > 1e-4
+    reference = LOSSES.setdefault("augmented", losses[0])
+    np.testing.assert_allclose(losses[0], reference, rtol=1e-5)
+
+
+LOSSES: dict[str, np.ndarray] = {}

@@ -1,0 +1,100 @@
+"""Augmentation does what it says, per example, however the batch is shared out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aim_flax.data.augment import augment, check_options, warp
+from aim_flax.errors import UsageError
+
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
+
+KEY = jax.random.key(0)
+
+
+def draw(*shape) -> np.ndarray:
+    return np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
+
+
+def test_quarter_turn_is_numpys():
+    image = draw(6, 6, 3)
+    np.testing.assert_allclose(warp(image, np.pi / 2, (0, 0)), np.rot90(image), atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [(2, 0), (0, -1), (-3, 2)])
+def test_shift_fills_the_edge_by_reflection(shift):
+    image = draw(6, 5, 2)
+    padded = np.pad(image, ((6, 6), (5, 5), (0, 0)), mode="symmetric")
+    expected = padded[6 - shift[0] :, 5 - shift[1] :][:6, :5]
+    np.testing.assert_allclose(warp(image, 0.0, shift), expected, atol=1e-3)
+
+
+def test_half_a_pixel_is_interpolated():
+    image = draw(4, 4, 1)
+    np.testing.assert_allclose(
+        warp(image, 0.0, (0.5, 0))[1:], (image[1:] + image[:-1]) / 2, atol=1e-3
+    )
+
+
+def test_flips_happen_to_about_half_and_are_exact():
+    images = np.broadcast_to(draw(1, 4, 5, 3), (200, 4, 5, 3))
+    changed = np.asarray(augment(images, KEY, 0, {"flip_horizontal": True, "flip_vertical": True}))
+    forms = [images[0], images[0, ::-1], images[0, :, ::-1], images[0, ::-1, ::-1]]
+    counts = [sum((image == form).all() for image in changed) for form in forms]
+    assert sum(counts) == 200
+    assert min(counts) > 30
+
+
+def test_contrast_keeps_each_channels_mean_and_scales_the_rest():
+    images = draw(50, 4, 4, 3)
+    changed = np.asarray(augment(images, KEY, 0, {"contrast": 0.1}))
+    np.testing.assert_allclose(changed.mean((1, 2)), images.mean((1, 2)), rtol=1e-4)
+    centred = [x - x.mean((1, 2), keepdims=True) for x in (changed, images)]
+    factors = (centred[0] * centred[1]).sum((1, 2, 3)) / (centred[1] ** 2).sum((1, 2, 3))
+    assert 0.9 <= factors.min() < 0.93
+    assert 1.07 < factors.max() <= 1.1
+
+
+def test_rotation_and_translation_stay_within_their_limits():
+    """Measured on a spot, whose centre of mass moves as the image does."""
+    size = 65
+    y, x = np.mgrid[:size, :size] - size // 2
+    spot = np.exp(-(((y - 0) ** 2 + (x - 8) ** 2) / 8)).astype(np.float32)
+    images = jnp.asarray(np.broadcast_to(spot[None, ..., None], (100, size, size, 1)))
+
+    def centres(options):
+        mass = np.asarray(augment(images, KEY, 0, options))[..., 0]
+        total = mass.sum((1, 2))
+        return (mass * y).sum((1, 2)) / total, (mass * x).sum((1, 2)) / total
+
+    down, right = centres({"rotation": 0.15})
+    angles = np.degrees(np.arctan2(-down, right))
+    np.testing.assert_allclose(np.hypot(down, right), 8, atol=0.1)
+    assert -54 <= angles.min() < -45
+    assert 45 < angles.max() <= 54
+    down, right = centres({"translation": 0.1})
+    for moved in (down, right - 8):
+        assert -6.6 < moved.min() < -5
+        assert 5 < moved.max() < 6.6
+
+
+def test_changes_depend_on_key_and_position_alone():
+    options = {"rotation": 0.15, "translation": 0.1, "flip_vertical": True, "contrast": 0.1}
+    images = draw(6, 8, 8, 3)
+    whole = augment(images, KEY, 0, options)
+    np.testing.assert_allclose(augment(images[4:], KEY, 4, options), whole[4:], rtol=1e-5)
+    assert not np.allclose(augment(images, jax.random.key(1), 0, options), whole)
+    same = augment(np.broadcast_to(images[:1], images.shape), KEY, 0, options)
+    assert not np.allclose(same[0], same[1])
+
+
+def test_nothing_asked_nothing_done():
+    images = draw(3, 8, 8, 3)
+    off = {"rotation": 0.0, "flip_horizontal": False, "contrast": 0.0}
+    np.testing.assert_array_equal(augment(images, KEY, 0, off), images)
+
+
+def test_unknown_option_is_told():
+    with pytest.raises(UsageError, match="augment.rotatoin is no option .did you mean 'rotation'"):
+        check_options({"rotatoin": 0.1})

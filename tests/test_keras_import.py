@@ -1,0 +1,292 @@
+"""Weights of the published Keras network: names, shapes, files, mistakes."""
+
+import math
+import sys
+
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from aim_flax.errors import UsageError
+from aim_flax.keras_import import read_keras_hdf5, split_reads, variables_from_keras
+from aim_flax.models.resnet import ResNet
+from tests.published import GOLDEN, published
+
+
+def shapes_of(net, size):
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.eval_shape(net.init, jax.random.key(0), images)
+
+
+def keras_weights(classes=10, depth=32, channels=(1, 2, 8, 32)):
+    """Zeros in the published network's shapes, for a memory of so many channels in each stage."""
+    weights = {}
+    for layer, role, shape in GOLDEN["weights"]:
+        shape = list(shape)
+        if layer == "fc1000":
+            shape[-1] = classes
+        elif layer.startswith(("mem_init", "mem_global", "Memory")):
+            shape[-1] = depth
+            if role == "kernel" and not layer.startswith("Memory"):
+                shape[-2] = depth
+        elif role == "kernel" and layer.endswith(("branch2a", "a_branch_a")):
+            stage = next(int(letter) for letter in layer if letter.isdigit()) - 2
+            # The first block reads at the size at which the stage before it puts out.
+            if layer.startswith(f"res{stage + 2}a"):
+                stage = max(stage - 1, 0)
+            shape[-2] += channels[stage] - (1, 2, 8, 32)[stage]
+        weights.setdefault(layer, {})[role] = np.broadcast_to(np.float32(0), shape)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("classes", "memory_shape", "size"),
+    [(10, (7, 7, 32), 112), (120, (7, 7, 1024), 224), (7, (3, 5, 40), 160)],
+)
+def test_variables_are_those_of_the_latched_network(classes, memory_shape, size):
+    expected = shapes_of(published(classes, memory_shape), size)
+    total, areas = math.prod(memory_shape), [(size // 2 ** (1 + s)) ** 2 for s in range(4)]
+    channels = [max(1, -(-total // area)) for area in areas]
+    variables = variables_from_keras(keras_weights(classes, memory_shape[-1], channels))
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, expected)
+
+
+def test_dtypes_and_numbers_are_kept():
+    weights = keras_weights()
+    weights["bn3a_branch2b"]["moving_variance"] = np.arange(128, dtype=np.float16)
+    variables = variables_from_keras(weights)
+    var = variables["batch_stats"]["stage2_block1"]["norm2"]["var"]
+    assert var.dtype == np.float16
+    np.testing.assert_array_equal(var, np.arange(128))
+
+
+def without(layer, role):
+    def change(weights):
+        del weights[layer][role]
+
+    return change
+
+
+def with_shape(layer, role, *shape):
+    def change(weights):
+        weights.setdefault(layer, {})[role] = np.zeros(shape, np.float32)
+
+    return change
+
+
+def renamed(old, new):
+    def change(weights):
+        weights[new] = weights.pop(old)
+
+    return change
+
+
+def everything(weights):
+    weights.clear()
+
+
+def no_memory(weights):
+    for layer in list(weights):
+        if layer.startswith("mem") or layer.startswith("Memory"):
+            del weights[layer]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            without("res3b_branch2a", "kernel"),
+            "the Keras weights lack res3b_branch2a/kernel, of shape (1, 1, 514, 128)",
+        ),
+        (without("fc1000", "bias"), "the Keras weights lack fc1000/bias, of shape (10,)"),
+        (
+            renamed("mem_global", "mem_globl"),
+            "the Keras weights lack mem_global/kernel, of shape (1, 1, 32, 32)"
+            " (did you mean 'mem_globl/kernel'?)",
+        ),
+        (no_memory, "the Keras weights lack mem_init/kernel, of shape (1, 1, D, D)"),
+        (everything, "the Keras weights lack conv1/kernel, of shape (7, 7, 3, 64)"),
+        (
+            with_shape("conv2", "kernel", 1),
+            "the Keras weights have conv2/kernel, which is none of the published network's"
+            " (did you mean 'conv1/kernel'?)",
+        ),
+        (
+            with_shape("bn_conv1", "gamma", 1, 64),
+            "the Keras weight bn_conv1/gamma has shape (1, 64), expected (64,)",
+        ),
+        (
+            with_shape("res4c_branch2a", "kernel", 1, 1, 1031, 256),
+            "the Keras weight res4c_branch2a/kernel has shape (1, 1, 1031, 256),"
+            " expected (1, 1, 1032, 256)",
+        ),
+        (
+            with_shape("res2a_branch2a", "kernel", 1, 1, 68, 64),
+            "the Keras weight res2a_branch2a/kernel has shape (1, 1, 68, 64),"
+            " expected (1, 1, 65, 64)",
+        ),
+        (
+            with_shape("Memory3a_branch", "kernel", 1, 1, 32, 33),
+            "the Keras weight Memory3a_branch/kernel has shape (1, 1, 32, 33),"
+            " expected (1, 1, 32, 32)",
+        ),
+        (
+            with_shape("fc1000", "kernel", 2048),
+            "the Keras weight fc1000/kernel has shape (2048,), expected (2048, 10)",
+        ),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    weights = keras_weights()
+    change(weights)
+    with pytest.raises(UsageError) as error:
+        variables_from_keras(weights)
+    assert str(error.value) == message
+
+
+def test_reads_without_memory_are_refused():
+    weights = keras_weights()
+    for block, inputs in ("5b", 2048), ("5c", 2048):
+        with_shape(f"res{block}_branch2a", "kernel", 1, 1, inputs, 512)(weights)
+    with pytest.raises(UsageError) as error:
+        variables_from_keras(weights)
+    assert str(error.value) == (
+        "the Keras weight res5b_branch2a/kernel has shape (1, 1, 2048, 512),"
+        " expected (1, 1, 2048 + memory, 512)"
+    )
+
+
+def test_split_reads_gives_the_variables_of_the_add_form():
+    plain = shapes_of(ResNet(10, stem_stride=1), 112)["params"]
+    ours = split_reads(variables_from_keras(keras_weights()), plain)
+    expected = shapes_of(published(10, (7, 7, 32), "add"), 112)
+    assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, expected)
+
+
+def test_split_reads_cuts_kernels_between_features_and_memory():
+    kernel = np.arange(2 * 5 * 3).reshape(1, 2, 5, 3)
+    variables = {
+        "params": {"conv": {"kernel": kernel, "bias": np.zeros(3)}, "memory": {"content": 1}},
+        "batch_stats": {"norm": 2},
+    }
+    plain = {"conv": {"kernel": np.zeros((1, 2, 4, 3)), "bias": np.zeros(3)}}
+    split = flatten_dict(split_reads(variables, plain), sep="/")
+    np.testing.assert_array_equal(split["params/conv/kernel"], kernel[:, :, :4])
+    np.testing.assert_array_equal(split["params/conv/memory_read/kernel"], kernel[:, :, 4:])
+    assert split["params/memory/content"] == 1
+    assert split["batch_stats/norm"] == 2
+    assert len(split) == 5
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"conv": {}}, "the latched network lacks the backbone's parameter conv/kernel"),
+        (
+            {"conv": {"kernel": np.zeros((3, 3, 6, 9))}},
+            "the parameter conv/kernel has shape (3, 3, 6, 9), which is not (3, 3, 4, 8) with a"
+            " memory's channels appended",
+        ),
+        (
+            {"conv": {"kernel": np.zeros((3, 3, 3, 8))}},
+            "the parameter conv/kernel has shape (3, 3, 3, 8), which is not (3, 3, 4, 8) with a"
+            " memory's channels appended",
+        ),
+        (
+            {"conv": {"kernel": np.zeros((4, 8))}},
+            "the parameter conv/kernel has shape (4, 8), which is not (3, 3, 4, 8) with a"
+            " memory's channels appended",
+        ),
+    ],
+)
+def test_split_reads_refuses_another_networks_parameters(params, message):
+    with pytest.raises(UsageError) as error:
+        split_reads({"params": params}, {"conv": {"kernel": np.zeros((3, 3, 4, 8))}})
+    assert str(error.value) == message
+
+
+WEIGHTS = {
+    "conv1": {"kernel": np.arange(12.0).reshape(1, 1, 3, 4), "bias": np.arange(4.0)},
+    "bn_conv1": {"gamma": np.ones(4), "moving_variance": np.full(4, 2.0)},
+}
+
+
+def write_hdf5(path, group=None, suffix=":0"):
+    """Writes WEIGHTS, and a layer without any, as Keras does."""
+    with h5py.File(path, "w") as file:
+        target = file if group is None else file.create_group(group)
+        target.attrs["layer_names"] = [b"input_1", *(layer.encode() for layer in WEIGHTS)]
+        target.attrs["backend"] = b"tensorflow"
+        target.create_group("input_1").attrs["weight_names"] = np.array([], "S1")
+        for layer, arrays in WEIGHTS.items():
+            names = [f"{layer}/{role}{suffix}" for role in arrays]
+            target.create_group(layer).attrs["weight_names"] = [name.encode() for name in names]
+            for name, array in zip(names, arrays.values(), strict=True):
+                target[layer].create_dataset(name, data=array.astype(np.float32))
+        if group is not None:
+            file.create_group("optimizer_weights")
+
+
+@pytest.mark.parametrize(("group", "suffix"), [(None, ":0"), ("model_weights", ":0"), (None, "")])
+def test_hdf5_files_of_keras_are_read(tmp_path, group, suffix):
+    path = tmp_path / "weights.h5"
+    write_hdf5(path, group, suffix)
+    weights = read_keras_hdf5(path)
+    assert {layer: set(arrays) for layer, arrays in weights.items()} == {
+        layer: set(arrays) for layer, arrays in WEIGHTS.items()
+    }
+    for layer, arrays in WEIGHTS.items():
+        for role, array in arrays.items():
+            assert weights[layer][role].dtype == np.float32
+            np.testing.assert_array_equal(weights[layer][role], array)
+
+
+def truncated(path):
+    write_hdf5(path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def no_hdf5(path):
+    path.write_text("weights")
+
+
+def keras_3(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("layers/conv2d/vars/0", data=np.zeros(3))
+
+
+def no_dataset(path):
+    write_hdf5(path)
+    with h5py.File(path, "a") as file:
+        del file["conv1/conv1/bias:0"]
+
+
+def group_for_array(path):
+    no_dataset(path)
+    with h5py.File(path, "a") as file:
+        file.create_group("conv1/conv1/bias:0")
+
+
+@pytest.mark.parametrize("write", [truncated, no_hdf5, keras_3, no_dataset, group_for_array])
+def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, write):
+    path = tmp_path / "weights.h5"
+    write(path)
+    with pytest.raises(UsageError) as error:
+        read_keras_hdf5(path)
+    message = str(error.value)
+    assert message.startswith(f"{path} holds no weights that Keras 2 wrote by")
+    assert "\n" not in message
+
+
+def test_absent_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"^there is no file .*/absent\.h5$"):
+        read_keras_hdf5(tmp_path / "absent.h5")
+
+
+def test_missing_h5py_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(UsageError, match="install the extra `keras`"):
+        read_keras_hdf5(tmp_path / "weights.h5")
