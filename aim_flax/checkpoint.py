@@ -33,14 +33,13 @@ class Checkpoints:
         self._best_step: int | None = None
         if read_only and not directory.is_dir():
             raise UsageError(f"there are no checkpoints in {directory}")
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_KeepLatestAndBest(self),
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_KeepLatestAndBest(self),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
+        with _quiet():
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     @property
     def steps(self) -> Sequence[int]:

@@ -26,7 +26,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", help="default: runs/<config>-<arm>-<seed>")
     parser.add_argument("--devices", type=int, help="how many to use; default: all")
     parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
-    args, assignments = _parse(parser, argv)
+    args, assignments = parse_with_overrides(parser, argv)
 
     def work() -> None:
         config = configs.override(configs.load(args.config), assignments)
@@ -67,7 +67,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     run_reporting_errors(work)
 
 
-def _parse(
+def parse_with_overrides(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
     """Returns the flags, and the "key=value" of each --config.key=value (or --config.key value)."""

@@ -74,12 +74,23 @@ def plateau_cuts(accuracies: Sequence[float], patience: int, min_delta: float = 
 
 
 def best_epoch(accuracies: Sequence[float], min_delta: float = 0.0) -> int:
-    """Returns the epoch, from 1, of the last gain of more than `min_delta` over the best."""
+    """Returns the epoch, from 1, whose weights EarlyStopping restores: the last gain of more than
+    `min_delta` over the best before it."""
     best, best_accuracy = 0, -math.inf
     for epoch, accuracy in enumerate(accuracies, start=1):
         if accuracy > best_accuracy + min_delta:
             best, best_accuracy = epoch, accuracy
     return best
+
+
+def select_epoch(accuracies: Sequence[float], losses: Sequence[float]) -> int:
+    """Returns the epoch, from 1, of the highest accuracy; of equals the one of the lowest loss.
+
+    On few validation examples many epochs share an accuracy, and the first of them is often one
+    that has hardly been trained.
+    """
+    ranks = [(accuracy, -loss) for accuracy, loss in zip(accuracies, losses, strict=True)]
+    return ranks.index(max(ranks)) + 1
 
 
 def should_stop(accuracies: Sequence[float], patience: int, min_delta: float = 0.0) -> bool:

@@ -19,7 +19,7 @@ from aim_flax.console import Reporter
 from aim_flax.errors import DivergenceError, InterruptionError
 from aim_flax.evaluation import Evaluation
 from aim_flax.experiment import Experiment
-from aim_flax.schedules import best_epoch, plateau_cuts, should_stop
+from aim_flax.schedules import best_epoch, plateau_cuts, select_epoch, should_stop
 from aim_flax.workdir import claim, versions
 
 
@@ -54,7 +54,7 @@ def run(
 
 
 @dataclasses.dataclass
-class _Progress:
+class Progress:
     """How far a run has come: what a checkpoint holds beside the training state, as JSON.
 
     Attributes:
@@ -92,10 +92,10 @@ class _Run:
         self.started = time.monotonic() - self.progress.seconds
         self.saved_at = time.monotonic()
 
-    def _start(self) -> tuple[Any, _Progress]:
+    def _start(self) -> tuple[Any, Progress]:
         restored = self.checkpoints.restore_latest(self.experiment.abstract_state)
         if restored is None:
-            return self.experiment.initial_state(), _Progress()
+            return self.experiment.initial_state(), Progress()
         state, progress, messages = restored
         self.checkpoints.set_aside_after(int(state.step))
         for message in messages:
@@ -103,7 +103,7 @@ class _Run:
         if not self.quiet:
             total = self.experiment.total_steps
             print(f"resuming {self.workdir} at step {state.step} of {total}", flush=True)
-        return state, _Progress(**progress)
+        return state, Progress(**progress)
 
     def train(self) -> dict[str, Any]:
         experiment, config, progress = self.experiment, self.config, self.progress
@@ -195,9 +195,12 @@ class _Run:
         }
         progress.history.append(row)
         progress.epoch_sums = dict.fromkeys(progress.epoch_sums, 0.0)
-        stopping = config.train.stop_patience is not None
-        min_delta = config.train.stop_min_delta if stopping else 0.0
-        progress.best_step = best_epoch(progress.accuracies, min_delta) * epoch_steps
+        if config.train.stop_patience is None:
+            losses = [row["val_loss"] for row in progress.history]
+            best = select_epoch(progress.accuracies, losses)
+        else:
+            best = best_epoch(progress.accuracies, config.train.stop_min_delta)
+        progress.best_step = best * epoch_steps
         schedule = config.schedule
         if schedule.plateau_patience is not None:
             cuts = plateau_cuts(

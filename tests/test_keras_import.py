@@ -2,6 +2,7 @@
 
 import math
 import sys
+from pathlib import Path
 
 import h5py
 import jax
@@ -11,9 +12,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from aim_flax.errors import UsageError
-from aim_flax.keras_import import read_keras_hdf5, split_reads, variables_from_keras
+from aim_flax.keras_import import main, read_keras_hdf5, split_reads, variables_from_keras
 from aim_flax.models.resnet import ResNet
+from aim_flax.restoring import restore_run
 from tests.published import GOLDEN, published
+from tests.published import keras_weights as drawn_weights
 
 
 def shapes_of(net, size):
@@ -214,14 +217,15 @@ WEIGHTS = {
 }
 
 
-def write_hdf5(path, group=None, suffix=":0"):
-    """Writes WEIGHTS, and a layer without any, as Keras does."""
+def write_hdf5(path, group=None, suffix=":0", weights=None):
+    """Writes WEIGHTS or others, and a layer without any, as Keras does."""
+    weights = WEIGHTS if weights is None else weights
     with h5py.File(path, "w") as file:
         target = file if group is None else file.create_group(group)
-        target.attrs["layer_names"] = [b"input_1", *(layer.encode() for layer in WEIGHTS)]
+        target.attrs["layer_names"] = [b"input_1", *(layer.encode() for layer in weights)]
         target.attrs["backend"] = b"tensorflow"
         target.create_group("input_1").attrs["weight_names"] = np.array([], "S1")
-        for layer, arrays in WEIGHTS.items():
+        for layer, arrays in weights.items():
             names = [f"{layer}/{role}{suffix}" for role in arrays]
             target.create_group(layer).attrs["weight_names"] = [name.encode() for name in names]
             for name, array in zip(names, arrays.values(), strict=True):
@@ -290,3 +294,40 @@ def test_missing_h5py_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(UsageError, match="install the extra `keras`"):
         read_keras_hdf5(tmp_path / "weights.h5")
+
+
+PUBLISHED = str(Path(__file__).parents[1] / "configs" / "stanford_dogs_resnet50.py")
+SMALL = ["--config", f"{PUBLISHED}:published", "--config.data.image_shape=(112,112,3)"]
+
+
+@pytest.fixture
+def published_hdf5(tmp_path):
+    path = tmp_path / "weights.h5"
+    write_hdf5(path, weights=drawn_weights())
+    return path
+
+
+def test_imported_weights_are_a_run_that_can_be_restored(tmp_path, capsys, published_hdf5):
+    workdir = tmp_path / "run"
+    main([str(published_hdf5), "--workdir", str(workdir), *SMALL])
+    assert "10 classes" in capsys.readouterr().out
+    restored = restore_run(workdir, "best")
+    assert restored.step == 0
+    assert restored.config.model.num_classes == 10
+    expected = variables_from_keras(drawn_weights())
+    jax.tree.map(np.testing.assert_array_equal, restored.variables, expected)
+    assert restored.config.memory.shape == [7, 7, 32]
+    with pytest.raises(SystemExit) as exit_:
+        main([str(published_hdf5), "--workdir", str(workdir), *SMALL])
+    assert exit_.value.code == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_weights_of_another_image_size_are_told(tmp_path, capsys, published_hdf5):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(published_hdf5), "--workdir", str(tmp_path / "run"), *SMALL[:2]])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "kernel is (" in line
+    assert "set --config.data.image_shape or --config.memory.shape" in line
+    assert not (tmp_path / "run").exists()

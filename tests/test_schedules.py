@@ -15,6 +15,7 @@ from aim_flax.schedules import (
     build_optimizer,
     build_schedule,
     plateau_cuts,
+    select_epoch,
     should_stop,
 )
 
@@ -57,6 +58,12 @@ def test_plateau_waits_anew_after_each_cut_and_needs_more_than_min_delta():
 def test_best_epoch_is_the_first_of_equals():
     assert best_epoch([0.1, 0.7, 0.7, 0.6]) == 2
     assert best_epoch([0.1, 0.7, 0.7005], min_delta=1e-3) == 2
+
+
+def test_selection_takes_the_lowest_loss_of_equal_accuracies():
+    assert select_epoch([0.5, 0.7, 0.7, 0.7], [1.0, 0.9, 0.5, 0.6]) == 3
+    assert select_epoch([0.5, 0.8, 0.7], [0.1, 0.9, 0.2]) == 2
+    assert select_epoch([0.7, 0.7], [0.5, 0.5]) == 1
 
 
 def config(**changes) -> ConfigDict:

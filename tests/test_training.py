@@ -97,7 +97,7 @@ def test_summary_is_true(finished):
     with (finished / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [19, 38, 57]
-    best = max(rows, key=lambda row: float(row["val_accuracy"]))
+    best = max(rows, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
     assert summary["best_step"] == int(best["step"])
     assert summary["val_accuracy"] == float(best["val_accuracy"])
     low, accuracy, high = (
