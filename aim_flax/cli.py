@@ -9,6 +9,8 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
+
 from aim_flax import config as configs
 from aim_flax.console import fail
 from aim_flax.errors import DivergenceError, InterruptionError, UsageError
@@ -25,6 +27,11 @@ def train(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE[:ARM]")
     parser.add_argument("--workdir", help="default: runs/<config>-<arm>-<seed>")
     parser.add_argument("--devices", type=int, help="how many to use; default: all")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several processes that share the work, as jax.distributed finds them",
+    )
     parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
     args, assignments = parse_with_overrides(parser, argv)
 
@@ -37,9 +44,16 @@ def train(argv: Sequence[str] | None = None) -> None:
         if args.describe:
             print(describe(config))
             return
+        if args.distributed:
+            jax.distributed.initialize()
         if warning := backend.warning():
             print(warning, file=sys.stderr)
-        training.run(config, args.workdir or workdir.default_workdir(config), args.devices)
+        training.run(
+            config,
+            args.workdir or workdir.default_workdir(config),
+            args.devices,
+            quiet=jax.process_index() > 0,
+        )
 
     run_reporting_errors(work)
 

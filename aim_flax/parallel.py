@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aim_flax.errors import UsageError, check_choice
@@ -97,3 +98,15 @@ class Devices:
             return part[0] if self.kind == "pmap" else part
 
         return jax.tree.map(get, tree)
+
+
+def any_process(*flags: bool) -> list[bool]:
+    """Returns, for each flag, whether it is set in any of the processes; all must call this.
+
+    What processes decide by their own clocks and signals they must decide alike, for saving and
+    stopping take all of them.
+    """
+    if jax.process_count() == 1:
+        return list(flags)
+    everywhere = multihost_utils.process_allgather(np.array(flags))
+    return [bool(flag) for flag in everywhere.any(axis=0)]

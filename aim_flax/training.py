@@ -19,6 +19,7 @@ from aim_flax.console import Reporter
 from aim_flax.errors import DivergenceError, InterruptionError
 from aim_flax.evaluation import Evaluation
 from aim_flax.experiment import Experiment
+from aim_flax.parallel import any_process
 from aim_flax.schedules import best_epoch, plateau_cuts, select_epoch, should_stop
 from aim_flax.workdir import claim, versions
 
@@ -134,20 +135,23 @@ class _Run:
                         progress.epoch_sums[name] += float(value)
                 shown = {name: float(values[-1]) for name, values in metrics.items()}
                 minutes = (time.monotonic() - self.saved_at) / 60
+                stop, save = any_process(bool(received), minutes >= config.train.checkpoint_minutes)
                 if length == left_in_epoch:
                     shown = self._finish_epoch(select, probe)
                     self._save()
                     self._write_epoch(events)
-                elif received or minutes >= config.train.checkpoint_minutes:
+                elif stop or save:
                     self._save()
                 reporter.advance(self.step, shown)
-                if received and not self._done():
+                if stop and not self._done():
                     self.checkpoints.close()
                     events.close()
-                    name = signal.Signals(received[0]).name
+                    # Another process may have been the one to get it.
+                    signum = received[0] if received else signal.SIGTERM
                     raise InterruptionError(
-                        f"{name}: saved at step {self.step}; the same command goes on from there",
-                        received[0],
+                        f"{signal.Signals(signum).name}: saved at step {self.step}; the same"
+                        " command goes on from there",
+                        signum,
                     )
             events.close()
             summary = self._finish()

@@ -53,6 +53,7 @@ def get_config(arm: str = "published") -> ConfigDict:
     config.model.stem = "imagenet"
     config.model.stem_stride = 2 if arm in ("control", "aim_stride2") else 1
     config.model.conv_bias = True
+    config.model.pointwise = "einsum"  # or conv: how 1x1 convolutions are computed
 
     config.memory = None if arm.startswith("control") else _memory(arm)
 

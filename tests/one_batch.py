@@ -41,7 +41,7 @@ def train(net, images, labels, steps, learning_rate=0.05):
     optimizer = optax.sgd(learning_rate, momentum=0.9)
 
     @jax.jit
-    def step(variables, opt_state):
+    def step(variables, opt_state, images, labels):
         loss, (_, batch_stats), grads = loss_and_grads(net, variables, images, labels)
         updates, opt_state = optimizer.update(grads, opt_state)
         params = optax.apply_updates(variables["params"], updates)
@@ -52,6 +52,6 @@ def train(net, images, labels, steps, learning_rate=0.05):
     losses = []
     # Not a scan: XLA's convolutions are slow in loops on CPU.
     for _ in range(steps):
-        after, opt_state, loss = step(after, opt_state)
+        after, opt_state, loss = step(after, opt_state, images, labels)
         losses.append(float(loss))
     return losses, before, after

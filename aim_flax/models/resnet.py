@@ -23,8 +23,8 @@ class ResNet(nn.Module):
     """Bottleneck ResNet; by default the published ResNet50 control.
 
     Submodules: `stem`, `stage<s>_block<b>` (with `conv1`, `norm1`, ..., and `shortcut`,
-    `shortcut_norm` in the first block of a stage), `head`. Stages and blocks count from 1; each
-    of them returns its output.
+    `shortcut_norm` in the first block of a stage), `head`. Stages and blocks count from 1,
+    and every submodule returns one array.
 
     Attributes:
       num_classes: width of the output.
@@ -33,11 +33,10 @@ class ResNet(nn.Module):
       stem: "imagenet" (7x7 convolution, 3x3 max pool of stride 2) or "cifar" (3x3 convolution of
         stride 1, no pool).
       stem_stride: of the 7x7 convolution. Published: 1 with memory, 2 in the control.
-      conv_bias: whether convolutions have biases. Published: yes, and each but the head's is
-        cancelled by the batch norm behind it.
+      conv_bias: whether convolutions have biases. Published: yes, though the batch norm behind
+        each of them takes it out again.
       momentum, epsilon: of the batch norms.
-      dtype: of the computation; None takes the inputs' and parameters' own,
-        also for the logits.
+      dtype: of the computation; None takes the inputs' and parameters' own, also for the logits.
       axis_name: device axis over which batch statistics are averaged in training, or None.
       pointwise: "einsum" computes 1x1 convolutions as matrix products, which XLA does faster on
         CPU; "conv" leaves them convolutions.
@@ -57,7 +56,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Returns the logits, (B, num_classes), in float32 whatever `dtype` says.
+        """Returns the logits, (B, num_classes), float32 where `dtype` is given.
 
         Args:
           images: (B, H, W, channels), floats.

@@ -32,8 +32,7 @@ class VGG(nn.Module):
         parameters belong to one image size; "global" hands on its mean.
       batch_norm: whether a batch norm follows each convolution. Published: no.
       momentum, epsilon: of the batch norms.
-      dtype: of the computation; None takes the inputs' and parameters' own,
-        also for the logits.
+      dtype: of the computation; None takes the inputs' and parameters' own, also for the logits.
       axis_name: device axis over which batch statistics are averaged in training, or None.
     """
 
@@ -50,7 +49,7 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Returns the logits, (B, num_classes), in float32 whatever `dtype` says.
+        """Returns the logits, (B, num_classes), float32 where `dtype` is given.
 
         Args:
           images: (B, H, W, channels), floats; H and W at least 2 ** the number of stages.

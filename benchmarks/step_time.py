@@ -1,0 +1,152 @@
+"""Time and memory of a training step, variants side by side in one process.
+
+    python benchmarks/step_time.py --arms published,control,control_stride1 \\
+        --set data.image_shape=(112,112,3) --set train.batch_size=4 \\
+        --vary model.pointwise=einsum,conv --csv results/step_time.csv
+
+Each round takes one step of every variant in turn, so that whatever else the machine does meets
+them alike; ratios are to the first variant. With --largest the batch is doubled, each variant by
+itself, until it no longer fits the accelerator's memory.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from aim_flax import build_model
+from aim_flax import config as configs
+from aim_flax.cli import run_reporting_errors
+from aim_flax.errors import UsageError
+from aim_flax.schedules import build_optimizer
+from aim_flax.steps import create_state, train_step
+
+COLUMNS = ("variant", "batch_size", "seconds", "images_per_second", "ratio", "mebibytes", "device")
+
+
+class Variant:
+    """A compiled training step on random images, and its timings."""
+
+    def __init__(self, name: str, config: configs.ConfigDict):
+        self.name, self.config = name, config
+        self.batch_size = config.train.batch_size
+        model = build_model(config)
+        optimizer = build_optimizer(config, optax.constant_schedule(1e-3))
+        image_shape = tuple(config.data.image_shape)
+
+        def step(state, images, labels):
+            return train_step(model, optimizer, state, images, labels, seed=0)
+
+        # The values of the weights make no difference, and drawing them takes long to compile.
+        shapes = jax.eval_shape(lambda: create_state(model, optimizer, 0, image_shape))
+        self.state = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e-2, leaf.dtype), shapes)
+        rng = np.random.default_rng(0)
+        images = rng.uniform(0, 255, (self.batch_size, *image_shape)).astype(np.float32)
+        labels = rng.integers(0, config.model.num_classes, self.batch_size).astype(np.int32)
+        self.batch = jax.device_put((images, labels))
+        self.step = jax.jit(step, donate_argnums=0).lower(self.state, *self.batch).compile()
+        memory = self.step.memory_analysis()
+        self.bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        self.seconds: list[float] = []
+        self._run()
+
+    def _run(self) -> float:
+        start = time.perf_counter()
+        self.state, metrics = self.step(self.state, *self.batch)
+        jax.block_until_ready((self.state, metrics))
+        return time.perf_counter() - start
+
+    def measure(self) -> None:
+        self.seconds.append(self._run())
+
+    def row(self, first: "Variant") -> dict:
+        seconds = statistics.median(self.seconds)
+        per_image = seconds / self.batch_size
+        reference = statistics.median(first.seconds) / first.batch_size
+        return {
+            "variant": self.name,
+            "batch_size": self.batch_size,
+            "seconds": f"{seconds:.4f}",
+            "images_per_second": f"{1 / per_image:.2f}",
+            "ratio": f"{per_image / reference:.3f}",
+            "mebibytes": round(self.bytes / 2**20),
+            "device": f"{jax.devices()[0].device_kind}, jax {jax.__version__}",
+        }
+
+
+def variants(args: argparse.Namespace) -> dict[str, configs.ConfigDict]:
+    """Returns the configs of all arms with all combinations of the varied keys, by name."""
+    combinations: list[list[str]] = [[]]
+    for assignment in args.vary:
+        key, _, values = assignment.partition("=")
+        combinations = [[*c, f"{key}={v}"] for c in combinations for v in values.split(",")]
+    found = {}
+    for arm in args.arms.split(","):
+        for combination in combinations:
+            config = configs.load(f"{args.config}:{arm}")
+            name = " ".join([arm, *(c.rpartition(".")[2] for c in combination)])
+            found[name] = configs.override(config, [*args.set, *combination])
+    return found
+
+
+def largest(name: str, config: configs.ConfigDict, rounds: int) -> Variant:
+    """Returns the variant with the largest power of two as batch size that fits."""
+    fits, size = None, 16
+    while True:
+        try:
+            variant = Variant(name, configs.override(config, [f"train.batch_size={size}"]))
+            for _ in range(rounds):
+                variant.measure()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            if fits is None:
+                raise UsageError(f"{name}: not even a batch of {size} fits") from None
+            return fits
+        # Only its timings are needed from here on: free what it holds on the device.
+        variant.state = variant.batch = variant.step = None
+        fits, size = variant, 2 * size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", default="configs/stanford_dogs_resnet50.py")
+    parser.add_argument("--arms", default="published,control,control_stride1")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--largest", action="store_true", help="the largest batch that fits")
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+
+    def work() -> None:
+        if args.largest and jax.default_backend() == "cpu":
+            raise UsageError("--largest needs an accelerator: a CPU would start to swap")
+        chosen = variants(args)
+        if args.largest:
+            measured = [largest(name, config, args.rounds) for name, config in chosen.items()]
+        else:
+            measured = [Variant(name, config) for name, config in chosen.items()]
+            for _ in range(args.rounds):
+                for variant in measured:
+                    variant.measure()
+        rows = [variant.row(measured[0]) for variant in measured]
+        for row in rows:
+            print("  ".join(f"{key} {row[key]}" for key in COLUMNS))
+        if args.csv:
+            with args.csv.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+
+    run_reporting_errors(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Several processes, as on several hosts: found as SLURM's would be, talking through gloo."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aim_flax import training
+from aim_flax.restoring import restore_run
+from tests.test_training import DIGITS, ROOT, SMALL, digits
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion", "quick_compile")]
+
+FLAGS = ("train.epochs=8", "train.steps_per_call=5")
+
+
+def free_job() -> str:
+    """A SLURM job number whose port, as JAX derives it, is free."""
+    for job in range(4096):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", 61440 + job)):
+                return str(job)
+    raise RuntimeError("no free port")
+
+
+def start(workdir: Path, *flags: str) -> list[subprocess.Popen]:
+    job = free_job()
+    return [
+        subprocess.Popen(
+            [sys.executable, ROOT / "train.py", "--config", f"{DIGITS}:aim_state"]
+            + [f"--config.{a}" for a in (*SMALL, *flags)]
+            + ["--workdir", workdir, "--distributed"],
+            env=os.environ
+            | {
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+                "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
+                "SLURM_JOB_ID": job,
+                "SLURM_NTASKS": "2",
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["pmap", "shard_map"])
+def test_two_processes_train_as_one_and_stop_together(tmp_path, kind):
+    flags = (*FLAGS, f"parallel={kind}")
+    first, second = start(tmp_path / "two", *flags)
+    for line in iter(first.stdout.readline, ""):
+        if line.startswith("step"):
+            break
+    second.send_signal(signal.SIGTERM)  # One process alone is told to stop.
+    output = first.communicate(timeout=300)[0]
+    second.communicate(timeout=300)
+    assert "saved at step" in output, output
+    assert first.returncode == second.returncode == 128 + signal.SIGTERM
+
+    processes = start(tmp_path / "two", *flags)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "resuming" in outputs[0]
+    assert "step" not in outputs[1]
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["steps"] == 152
+
+    training.run(digits("aim_state", *flags), tmp_path / "one", 4, quiet=True)
+    rows = [
+        np.genfromtxt(tmp_path / run / "metrics.csv", delimiter=",", names=True)["train_loss"]
+        for run in ("one", "two")
+    ]
+    np.testing.assert_allclose(rows[1][:2], rows[0][:2], rtol=1e-5)
+    assert restore_run(tmp_path / "two", "latest").step == 152
