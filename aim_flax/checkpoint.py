@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -152,17 +151,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def read_json(path: Path) -> Any:
-    """Returns the content of a JSON file.
-
-    Raises:
-      UsageError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{path} not found: {path.parent} is no run's workdir") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged: {error}") from None

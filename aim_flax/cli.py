@@ -8,6 +8,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import jax
 
@@ -16,9 +17,16 @@ from aim_flax.console import fail
 from aim_flax.errors import DivergenceError, InterruptionError, UsageError
 
 
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
+
+
 def train(argv: Sequence[str] | None = None) -> None:
     """Trains the network of a config; the command line of train.py."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="train.py",
         description="Trains the network of a config, or goes on where its workdir was left.",
         epilog="Any key of the config is a flag: --config.train.epochs=5",
@@ -60,7 +68,7 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
     """Evaluates a checkpoint of a run; the command line of eval.py."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="eval.py",
         description="Evaluates a checkpoint of a run, with the network of its saved config.",
         allow_abbrev=False,

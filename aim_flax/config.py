@@ -91,9 +91,6 @@ def differing_keys(a: ConfigDict, b: ConfigDict) -> list[str]:
 
 
 def to_json(config: ConfigDict) -> str:
+    """Returns the config as JSON, from which `ConfigDict(json.loads(...))` makes it again, with
+    lists for its tuples."""
     return json.dumps(json.loads(config.to_json()), indent=2) + "\n"
-
-
-def from_json(text: str) -> ConfigDict:
-    """Returns the config written by `to_json`; tuples come back as lists."""
-    return ConfigDict(json.loads(text)).lock()

@@ -10,7 +10,6 @@ memory that is updated and `mem_global` the one that is not.
 makes a run of them, at step 0, that eval.py evaluates and train.py goes on with.
 """
 
-import argparse
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from ml_collections import ConfigDict
 from aim_flax import config as configs
 from aim_flax.build import build_model
 from aim_flax.checkpoint import Checkpoints
-from aim_flax.cli import parse_with_overrides, run_reporting_errors
+from aim_flax.cli import CommandParser, parse_with_overrides, run_reporting_errors
 from aim_flax.errors import UsageError, nearest
 from aim_flax.schedules import build_optimizer
 from aim_flax.steps import create_state
@@ -353,7 +352,7 @@ def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | Path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="aim_flax.keras_import",
         description="Makes a run of the weights of a published Keras AiM-ResNet50.",
         allow_abbrev=False,

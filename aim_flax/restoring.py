@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 
 from aim_flax import report
 from aim_flax.build import build_model
-from aim_flax.checkpoint import Checkpoints, read_json
+from aim_flax.checkpoint import Checkpoints
 from aim_flax.data.load import load_dataset
 from aim_flax.errors import UsageError
 from aim_flax.evaluation import Evaluation, build_evaluate
 from aim_flax.parallel import Devices
 from aim_flax.schedules import build_optimizer
 from aim_flax.steps import TrainState, create_state
+from aim_flax.workdir import read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,16 +4,15 @@ Prints, for each arm, the mean and standard deviation of the test accuracy over 
 with --csv FILE also writes a row per run.
 """
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aim_flax.checkpoint import read_json
-from aim_flax.cli import run_reporting_errors
+from aim_flax.cli import CommandParser, run_reporting_errors
 from aim_flax.errors import UsageError
 from aim_flax.report import write_csv
+from aim_flax.workdir import read_json
 
 COLUMNS = ("name", "arm", "seed", "test_accuracy", "val_accuracy", "best_step", "params")
 
@@ -52,7 +51,7 @@ def read_runs(workdirs: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="aim_flax.table", description=__doc__.partition(":")[0])
+    parser = CommandParser(prog="aim_flax.table", description=__doc__.partition(":")[0])
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     parser.add_argument("--csv", type=Path, help="also write a row per run to this file")
     args = parser.parse_args(argv)

@@ -14,14 +14,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aim_flax import report
-from aim_flax.checkpoint import Checkpoints, read_json
+from aim_flax.checkpoint import Checkpoints
 from aim_flax.console import Reporter
 from aim_flax.errors import DivergenceError, InterruptionError
 from aim_flax.evaluation import Evaluation
 from aim_flax.experiment import Experiment
 from aim_flax.parallel import any_process
 from aim_flax.schedules import best_epoch, plateau_cuts, select_epoch, should_stop
-from aim_flax.workdir import claim, versions
+from aim_flax.workdir import claim, read_json, versions
 
 
 def run(

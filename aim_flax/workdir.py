@@ -1,15 +1,17 @@
 """A run's directory: whose it is, and what code wrote it."""
 
 import importlib.metadata
+import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from aim_flax import report
-from aim_flax.config import differing_keys, flatten, from_json, to_json
+from aim_flax.config import differing_keys, flatten, to_json
 from aim_flax.errors import UsageError
 
 
@@ -45,7 +47,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     """Makes the workdir this run's own, or raises UsageError and leaves it as it was."""
     saved = workdir / "config.json"
     if saved.is_file():
-        other = from_json(saved.read_text())
+        other = ConfigDict(read_json(saved))
         differing = differing_keys(other, config)
         if differing:
             old, new = flatten(other), flatten(config)
@@ -72,3 +74,17 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             report.write_json(workdir / "code_version.json", versions())
     except OSError as error:
         raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file.
+
+    Raises:
+      UsageError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path} not found: {path.parent} is no run's workdir") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from None

@@ -70,7 +70,7 @@ def get_config(arm: str = "control") -> ConfigDict:
     config.train.epochs = 50
     config.train.stop_patience = 7  # epochs
     config.train.stop_min_delta = 1e-3
-    config.train.steps_per_call = 10  # most steps in one compiled call, within an epoch
+    config.train.steps_per_call = 1  # most steps in one compiled call, within an epoch
     config.train.checkpoint_minutes = 10.0  # between checkpoints within an epoch
 
     config.eval = ConfigDict()

@@ -19,7 +19,8 @@ def fails(capsys, command, *argv) -> str:
     with pytest.raises(SystemExit) as exit_:
         command(list(argv))
     assert exit_.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,25 @@ def test_wrong_use_of_train_is_one_line_and_touches_nothing(
     line = fails(capsys, cli.train, *flags)
     assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workdir", "w", "--split", "tset"], "invalid choice: 'tset'"),
+        (["--workdir", "w", "--device", "1"], "unrecognized arguments: --device"),
+        (["--workdir", "nowhere"], "nowhere/config.json not found: nowhere is no run's workdir"),
+    ],
+)
+def test_wrong_use_of_eval_is_one_line(capsys, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, cli.evaluate, *flags)
+
+
+def test_damaged_config_of_a_run_is_told(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    line = fails(capsys, cli.train, "--config", DIGITS, *FLAGS, "--workdir", str(tmp_path))
+    assert "config.json is damaged: " in line
 
 
 def test_train_and_eval_on_the_command_line(capsys, tmp_path, monkeypatch):
