@@ -25,7 +25,7 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_compile():
     """Compiles without XLA's optimisations: several times faster, for tests of tiny programs."""
     jax.config.update("jax_disable_most_optimizations", True)
@@ -33,7 +33,7 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def standard_promotion():
     """For what uses optax's Adam or bfloat16 batch norms, which promote dtypes implicitly."""
     jax.config.update("jax_numpy_dtype_promotion", "standard")

@@ -120,7 +120,7 @@ def test_memory_use_is_the_share_of_the_output():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, standard_promotion, quick_compile):
     workdir = tmp_path_factory.mktemp("runs") / "run"
     summary = training.run(digits("aim", "train.epochs=3"), workdir, 1, quiet=True)
     return workdir, summary

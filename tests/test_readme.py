@@ -11,6 +11,8 @@ from aim_flax import cli, table
 from aim_flax.errors import UsageError
 from aim_flax.report import write_json
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
