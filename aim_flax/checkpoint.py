@@ -32,12 +32,12 @@ class Checkpoints:
         self._best_step: int | None = None
         if read_only and not directory.is_dir():
             raise UsageError(f"there are no checkpoints in {directory}")
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=_KeepLatestAndBest(self),
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-        )
         with _quiet():
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=_KeepLatestAndBest(self),
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+            )
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     @property
@@ -140,7 +140,8 @@ class _KeepLatestAndBest:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the reports of orbax's background tasks on one damaged file off the terminal."""
+    """Keeps off the terminal what orbax reports of its settings, and its background tasks of a
+    damaged file, many lines each."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -87,7 +87,7 @@ class Experiment:
         """
         batch_size = self.config.train.batch_size
         local = batch_size // self.devices.count
-        num_examples, scale = len(self.dataset.splits["train"]), self.dataset.scale
+        num_examples, scale = len(self.dataset.splits["train"]), self.config.data.scale
         augmentation = self.config.augment and self.config.augment.to_dict()
 
         def on_device(state, split, seed):
@@ -123,7 +123,7 @@ class Experiment:
             self.config.eval.batch_size,
             len(self.dataset.splits[split]),
             len(self.dataset.classes),
-            self.dataset.scale,
+            self.config.data.scale,
         )
 
     def memory_probe(self) -> Callable[[Any], dict[str, dict[str, float]]]:
@@ -131,7 +131,7 @@ class Experiment:
         if self.config.memory is None:
             return lambda variables: {}
         images = self.dataset.splits[self.config.eval.select_on].images
-        images = images[: self.config.eval.batch_size].astype(np.float32) / self.dataset.scale
+        images = images[: self.config.eval.batch_size].astype(np.float32) / self.config.data.scale
         use = jax.jit(partial(memory_use, self.model))
         return lambda variables: jax.tree.map(float, use(self.devices.local(variables), images))
 

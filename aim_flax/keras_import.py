@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
@@ -28,8 +27,7 @@ from aim_flax.build import build_model
 from aim_flax.checkpoint import Checkpoints
 from aim_flax.cli import CommandParser, parse_with_overrides, run_reporting_errors
 from aim_flax.errors import UsageError, nearest
-from aim_flax.schedules import build_optimizer
-from aim_flax.steps import create_state
+from aim_flax.restoring import abstract_state
 from aim_flax.training import Progress
 from aim_flax.workdir import claim
 
@@ -321,10 +319,8 @@ def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | Path
     shape = (*config.memory.shape[:2], channels)
     changes = [f"model.num_classes={classes}", f"memory.shape={shape}"]
     config = configs.override(config, changes)
-    # Which schedule it is makes no difference to the optimiser's state.
-    optimizer = build_optimizer(config, optax.constant_schedule(0.0))
-    model, image_shape = build_model(config), tuple(config.data.image_shape)
-    expected = jax.eval_shape(lambda: create_state(model, optimizer, config.seed, image_shape))
+    image_shape = tuple(config.data.image_shape)
+    expected = abstract_state(config, build_model(config))
     for place, leaf in traverse_util.flatten_dict(expected.params).items():
         found = traverse_util.flatten_dict(variables["params"]).get(place)
         if found is None or found.shape != leaf.shape:
@@ -338,11 +334,11 @@ def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | Path
     if (workdir / "checkpoints").exists():
         raise UsageError(f"{workdir} holds a run already; choose another --workdir")
     claim(workdir, config)
+    # Zeros, as the optimisers start out.
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), expected)
     state = state.replace(
         params=variables["params"],
         model_state={"batch_stats": variables["batch_stats"]},
-        opt_state=jax.tree.map(np.asarray, optimizer.init(variables["params"])),
         learning_rate_scale=np.ones((), np.float32),
     )
     checkpoints = Checkpoints(workdir / "checkpoints")

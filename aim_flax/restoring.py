@@ -109,7 +109,7 @@ def evaluate_run(
         config.eval.batch_size,
         len(examples),
         len(dataset.classes),
-        dataset.scale,
+        config.data.scale,
     )
     evaluation = evaluate(devices.replicate(restored.variables))
     low, high = evaluation.accuracy_interval()

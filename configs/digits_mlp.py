@@ -21,6 +21,7 @@ def get_config(arm: str = "aim") -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "digits"
     config.data.image_shape = (8, 8, 1)
+    config.data.scale = 16.0  # pixels are divided by it
 
     config.augment = None
 

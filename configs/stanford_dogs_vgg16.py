@@ -23,6 +23,7 @@ def get_config(arm: str = "control") -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "stanford_dogs"
     config.data.image_shape = (224, 224, 3)
+    config.data.scale = 1.0  # pixels are divided by it; published: 0 to 255 as they are
 
     config.augment = ConfigDict()
     config.augment.rotation = 0.15  # turns either way

@@ -31,4 +31,4 @@ def load_digits() -> Dataset:
         name: Split(images[indices], labels[indices])
         for name, indices in (("train", train), ("val", val), ("test", test))
     }
-    return Dataset(tuple(str(c) for c in digits.target_names), splits, scale=16.0)
+    return Dataset(tuple(str(c) for c in digits.target_names), splits)

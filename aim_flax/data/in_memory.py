@@ -26,12 +26,10 @@ class Dataset:
     Attributes:
       classes: class names; a label is an index into them.
       splits: "train", "val" and "test".
-      scale: pixels are divided by it before the network sees them.
     """
 
     classes: tuple[str, ...]
     splits: Mapping[str, Split]
-    scale: float
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
