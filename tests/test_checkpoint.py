@@ -54,6 +54,8 @@ def test_empty_directory_has_nothing_to_restore(tmp_path):
     checkpoints.close()
 
 
+# Tensorstore's background tasks may fail on the damaged file after restoring has.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_any_file_cut_short_is_noticed_or_makes_no_difference(tmp_path, capfd):
     save(tmp_path / "good", [1, 2]).close()
     files = [p.relative_to(tmp_path / "good") for p in (tmp_path / "good" / "2").rglob("*")]
