@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -58,20 +59,32 @@ def write_metrics(workdir: Path, history: History) -> None:
 
 
 class Events:
-    """TensorBoard events of a run, from `step` on; what an earlier try wrote later is purged."""
+    """TensorBoard events of a run, from `step` on; what an earlier try wrote later is purged.
+
+    A context manager; of several processes the first one writes.
+    """
 
     def __init__(self, workdir: Path, step: int):
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._writer = SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=step + 1,
+            write_to_disk=jax.process_index() == 0,
+        )
+
+    def __enter__(self) -> "Events":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._writer.close()
 
     def write(self, row: dict[str, Any]) -> None:
         for column in HISTORY_COLUMNS[2:]:
-            self._writer.add_scalar(column.replace("_", "/", 1), row[column], row["step"])
+            split, _, metric = column.partition("_")
+            tag = f"{split}/{metric}" if split in ("train", "val") else column
+            self._writer.add_scalar(tag, row[column], row["step"])
         for layer, norms in row["memory_use"].items():
             ratio = norms["share"] / norms["own"] if norms["own"] else float("nan")
             self._writer.add_scalar(f"memory_use/{layer}", ratio, row["step"])
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def plot_history(path: Path, history: History, title: str) -> None:

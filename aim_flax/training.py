@@ -115,7 +115,7 @@ class _Run:
         calls: dict[int, Callable] = {}
         events = report.Events(self.workdir, self.step)
         reporter = Reporter(experiment.total_steps, self.step, self.quiet)
-        with _signals() as received, reporter:
+        with _signals() as received, events, reporter:
             while not self._done():
                 left_in_epoch = experiment.epoch_steps - self.step % experiment.epoch_steps
                 length = min(config.train.steps_per_call, left_in_epoch)
@@ -145,7 +145,6 @@ class _Run:
                 reporter.advance(self.step, shown)
                 if stop and not self._done():
                     self.checkpoints.close()
-                    events.close()
                     # Another process may have been the one to get it.
                     signum = received[0] if received else signal.SIGTERM
                     raise InterruptionError(
@@ -153,7 +152,6 @@ class _Run:
                         " command goes on from there",
                         signum,
                     )
-            events.close()
             summary = self._finish()
             if not self.quiet:
                 reporter.say(_one_line(summary))
@@ -221,9 +219,9 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def _write_epoch(self, events: report.Events) -> None:
+        events.write(self.progress.history[-1])
         if jax.process_index() == 0:
             report.write_metrics(self.workdir, self.progress.history)
-            events.write(self.progress.history[-1])
 
     def _finish(self) -> dict[str, Any]:
         """Tests the best checkpoint, writes what the run leaves, and returns its summary."""

@@ -70,7 +70,9 @@ def test_run_leaves_its_files(finished):
         "checkpoints",
         "summary.json",
     }
-    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    (events,) = (finished / "tensorboard").glob("events.out.tfevents.*")
+    for tag in (b"train/loss", b"val/accuracy", b"learning_rate", b"memory_use/read_head"):
+        assert events.read_bytes().count(tag) == 3
     for name in ("history.png", "memory_use.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
