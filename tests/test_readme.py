@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from aim_flax import cli, table
 from aim_flax.errors import UsageError
@@ -20,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 def test_table_is_that_of_the_committed_results():
     with (ROOT / "results" / "digits_mlp.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert table.arm_table(rows) in README
+    assert table.arm_table(rows, "control") in README
     seeds = {arm: [r["seed"] for r in rows if r["arm"] == arm] for arm in {r["arm"] for r in rows}}
     assert len(seeds) == 5
     assert all(s == [str(seed) for seed in range(10)] for s in seeds.values())
@@ -65,6 +67,30 @@ def test_table_of_runs(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:] == ["| `a` | 2 | 9 | 55.00 ± 7.07 % |", "| `b` | 1 | 9 | 25.00 % |"]
     assert len(file.read_text().splitlines()) == 4
+
+
+def test_comparison_is_paired_by_seed_and_corrected(tmp_path):
+    rng = np.random.default_rng(0)
+    accuracies = {arm: rng.uniform(0.4, 0.6, 6) for arm in ("plain", "a", "b")}
+    accuracies["b"] = accuracies["plain"] + 0.1 + 0.001 * np.arange(6)
+    rows = [
+        {"arm": arm, "seed": seed, "test_accuracy": value, "params": 9}
+        for arm, values in accuracies.items()
+        for seed, value in reversed(list(enumerate(values)))
+    ]
+    cells = {
+        line.split("|")[1].strip(): line for line in table.arm_table(rows, "plain").split("\n")
+    }
+    for arm, times in (("a", 1), ("b", 2)):
+        test = ttest_rel(100 * accuracies[arm], 100 * accuracies["plain"])
+        low, high = test.confidence_interval(0.95)
+        difference = 100 * (accuracies[arm] - accuracies["plain"]).mean()
+        assert f"{difference:+.2f} ({low:+.2f} to {high:+.2f})" in cells[f"`{arm}`"]
+        assert cells[f"`{arm}`"].endswith(f" {min(1, times * test.pvalue):.2f} |")
+    with pytest.raises(UsageError, match="--reference is 'plane', .*did you mean 'plain'"):
+        table.arm_table(rows, "plane")
+    with pytest.raises(UsageError, match="c and plain have fewer than two seeds in common"):
+        table.arm_table([*rows, rows[0] | {"arm": "c"}], "plain")
 
 
 def test_unfinished_run_is_told(tmp_path):
