@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from aim_flax.errors import UsageError
 
@@ -99,10 +100,15 @@ class Checkpoints:
 
     def set_aside_after(self, step: int) -> None:
         """Moves checkpoints later than `step` out of the way, without deleting them."""
-        for later in [s for s in self.steps if s > step]:
-            aside = self._directory / f"{_DAMAGED}{later}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self._directory / str(later)).rename(aside)
+        later = [s for s in self.steps if s > step]
+        # Only the first of several processes, once all have looked and before any looks again.
+        multihost_utils.sync_global_devices("before setting checkpoints aside")
+        if jax.process_index() == 0:
+            for damaged in later:
+                aside = self._directory / f"{_DAMAGED}{damaged}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._directory / str(damaged)).rename(aside)
+        multihost_utils.sync_global_devices("after setting checkpoints aside")
         self._manager.reload()
 
     def best_step(self) -> int:

@@ -68,7 +68,7 @@ class Experiment:
 
     def initial_state(self) -> TrainState:
         """Returns the state at step 0, numpy arrays."""
-        # It runs once: on CPU, optimising it takes four times as long as all the rest of it.
+        # It runs once, and on CPU optimising its many random draws takes longer than that saves.
         cpu = jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": 0} if cpu else None
         create = jax.jit(self._create, compiler_options=options)

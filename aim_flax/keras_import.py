@@ -305,7 +305,7 @@ def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | Path
       path: see `read_keras_hdf5`.
       config: of the arm `published`; the number of classes and the memory's channels are set to
         what the weights show, image size and the memory's rows and columns must fit them.
-      workdir: of the run; must be new, or a run of the same config.
+      workdir: of the run; must hold no checkpoints yet.
 
     Returns:
       The run's config.
@@ -321,8 +321,9 @@ def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | Path
     config = configs.override(config, changes)
     image_shape = tuple(config.data.image_shape)
     expected = abstract_state(config, build_model(config))
+    imported = traverse_util.flatten_dict(variables["params"])
     for place, leaf in traverse_util.flatten_dict(expected.params).items():
-        found = traverse_util.flatten_dict(variables["params"]).get(place)
+        found = imported.get(place)
         if found is None or found.shape != leaf.shape:
             what = "is not among the weights" if found is None else f"is {_form(found.shape)} there"
             raise UsageError(

@@ -228,39 +228,6 @@ def test_trains_on_odd_sizes_and_maps_smaller_than_the_memory():
     assert all((a != b).any() for a, b in zip(*(v["output"].values() for v in last), strict=True))
 
 
-def test_half_precision_gives_float32_logits():
-    net = ResNet(5, stage_sizes=(1, 1), width=4, dtype=jnp.bfloat16)
-    images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
-
-    def logits(images):
-        variables = net.init(jax.random.key(0), images)
-        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
-        return net.apply(variables, images, train=True, mutable=["batch_stats"])[0]
-
-    # Strict promotion refuses how flax's BatchNorm promotes bfloat16 with float32.
-    with jax.numpy_dtype_promotion("standard"):
-        assert jax.eval_shape(logits, images).dtype == jnp.float32
-
-
-def test_batch_statistics_are_those_of_all_devices():
-    net, one_device = (ResNet(5, (1,), 4, axis_name=axis) for axis in ("batch", None))
-    images = photographs(4, 16, 16)
-    variables = jax.jit(net.init)(jax.random.key(0), images)
-
-    @partial(jax.jit, static_argnums=0)
-    def apply(net, images):
-        return net.apply(variables, images, train=True, mutable=["batch_stats"])
-
-    def halves(images):
-        return jax.vmap(partial(apply, net), axis_name="batch")(images)
-
-    logits, updated = halves(images.reshape(2, 2, 16, 16, 3))
-    expected, expected_updated = apply(one_device, images)
-    np.testing.assert_allclose(logits.reshape(4, -1), expected, rtol=1e-4, atol=1e-4)
-    updated = jax.tree.map(lambda leaf: leaf[1], updated)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), updated, expected_updated)
-
-
 def convolve(conv_general_dilated, shape, **options):
     """A convolution, and the gradients with respect to kernel and images, of random numbers."""
     rng = np.random.default_rng(0)
