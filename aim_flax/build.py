@@ -17,6 +17,8 @@ from aim_flax.models.vgg import VGG
 
 MODELS = {"mlp": MLP, "resnet": ResNet, "vgg": VGG}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Fields of the classes that no config sets: Flax's own, and what `intervene` sets.
+_NO_OPTIONS = {"parent", "name", "alter_read", "no_write"}
 
 
 def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
@@ -28,7 +30,8 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
 
     Args:
       config: with `model` (a `name` of MODELS and that class's fields), `memory` (None, or the
-        fields of `Memory` and `AiM`, and those of `MemoryUpdate` under `update_block`) and `dtype`.
+        fields of `Memory` and `AiM`, those of `MemoryUpdate` under `update_block`, and
+        `learning_rate_scale`, which is the optimiser's: see `build_optimizer`) and `dtype`.
       axis_name: the device axis over which training averages batch statistics and the carried
         memory; None on one device.
 
@@ -44,6 +47,7 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     if config.memory is None:
         return backbone
     fields = _values(config.memory)
+    fields.pop("learning_rate_scale", None)
     update = _construct(
         "memory.update_block", MemoryUpdate, fields.pop("update_block", {}) | common
     )
@@ -64,7 +68,7 @@ def _values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _construct(group: str, module: type[nn.Module], values: dict[str, Any]) -> nn.Module:
-    fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
+    fields = {field.name for field in dataclasses.fields(module)} - _NO_OPTIONS
     for key in values:
         if key not in fields:
             raise UsageError(

@@ -1,7 +1,7 @@
 """The command lines of train.py and eval.py: flags in, one clear line out on wrong use.
 
-Exit status: 0 done; 1 the run failed (a loss that is not finite); 2 wrong use, nothing touched;
-128 + n ended by signal n, with the state saved.
+Exit status: 0 done; 1 the run failed (a loss that is not finite, a damaged image); 2 wrong use,
+nothing touched; 128 + n ended by signal n, with the state saved.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import jax
 
 from aim_flax import config as configs
 from aim_flax.console import fail
-from aim_flax.errors import DivergenceError, InterruptionError, UsageError
+from aim_flax.errors import DataError, DivergenceError, InterruptionError, UsageError
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -47,9 +47,12 @@ def train(argv: Sequence[str] | None = None) -> None:
         config = configs.override(configs.load(args.config), assignments)
         # Imported once the flags are known to be right: orbax and others take seconds.
         from aim_flax import backend, training, workdir
+        from aim_flax.data.load import open_dataset, with_classes
         from aim_flax.describe import describe
 
         if args.describe:
+            if config.model.num_classes is None:
+                config = with_classes(config, open_dataset(config).classes)
             print(describe(config))
             return
         if args.distributed:
@@ -71,20 +74,25 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="eval.py",
         description="Evaluates a checkpoint of a run, with the network of its saved config.",
+        epilog="Where the data lies may be given anew: --config.data.dir=DIR, and any other key of"
+        " the groups data and eval",
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, help="of the run")
     parser.add_argument("--checkpoint", default="best", metavar="best|latest|STEP")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--devices", type=int, help="how many to use; default: all")
-    args = parser.parse_args(argv)
+    args, assignments = parse_with_overrides(parser, argv)
+    for assignment in assignments:
+        if assignment.partition(".")[0] not in ("data", "eval"):
+            parser.error(f"--config.{assignment}: of a run, only data and eval can be changed")
 
     def work() -> None:
         from aim_flax import backend, restoring
 
         if warning := backend.warning():
             print(warning, file=sys.stderr)
-        restoring.evaluate_run(args.workdir, args.checkpoint, args.split, args.devices)
+        restoring.evaluate_run(args.workdir, args.checkpoint, args.split, args.devices, assignments)
 
     run_reporting_errors(work)
 
@@ -115,7 +123,7 @@ def run_reporting_errors(work: Callable[[], None]) -> None:
     except UsageError as error:
         fail(str(error))
         sys.exit(2)
-    except DivergenceError as error:
+    except (DataError, DivergenceError) as error:
         fail(str(error))
         sys.exit(1)
     except InterruptionError as error:

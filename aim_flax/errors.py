@@ -12,6 +12,10 @@ class DivergenceError(RuntimeError):
     """The loss became NaN or infinite."""
 
 
+class DataError(RuntimeError):
+    """A record of a dataset that can't be used; the message names it."""
+
+
 class InterruptionError(RuntimeError):
     """A signal asked a run to end, and it has saved its state.
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,11 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from scipy.stats import binomtest
 
-from aim_flax.data.in_memory import gather
 from aim_flax.parallel import AXIS, Devices
 from aim_flax.steps import eval_step
+
+if TYPE_CHECKING:
+    from aim_flax.data import in_memory, streamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +25,12 @@ class Evaluation:
     Attributes:
       loss: mean cross-entropy.
       confusion: (classes, classes) int, examples of each true (row) and predicted class (column).
+      skipped: number of images that can't be read and were left out.
     """
 
     loss: float
     confusion: np.ndarray
+    skipped: int = 0
 
     @property
     def count(self) -> int:
@@ -49,48 +53,39 @@ class Evaluation:
 def build_evaluate(
     model: nn.Module,
     devices: Devices,
-    split: tuple[Any, Any],
-    batch_size: int,
-    num_examples: int,
+    batches: "in_memory.EvalBatches | streamed.EvalBatches",
     num_classes: int,
-    scale: float,
 ) -> Callable[[Any], Evaluation]:
-    """Returns variables -> Evaluation of a split, a compiled call per batch.
+    """Returns variables -> Evaluation of all batches of a split, a compiled call per batch.
 
-    Args:
-      split: images and labels as `devices.replicate` returns them.
-      batch_size: over all devices; rounded up to a multiple of their number.
-
-    The last batch is padded and masked. Raises RuntimeError if any example was not counted
-    exactly once.
+    The evaluation raises RuntimeError if any example was neither counted once nor left out.
     """
-    local = -(-batch_size // devices.count)
-    batch_size = local * devices.count
 
-    def on_device(sums, variables, split, start):
-        indices = start + jax.lax.axis_index(AXIS) * local + jnp.arange(local)
-        mask = indices < num_examples
-        images, labels = gather(split, jnp.where(mask, indices, 0), scale)
-        new = eval_step(model, variables, images, labels, mask, num_classes)
+    def on_device(sums, variables, data):
+        images, labels, counted, left_out = batches.on_device(data)
+        new = eval_step(model, variables, images, labels, counted, num_classes)
+        new["skipped"] = left_out.sum(dtype=jnp.int32)
         return jax.tree.map(jnp.add, sums, jax.lax.psum(new, AXIS))
 
     # Not a loop within one program: XLA on CPU computes convolutions in loops several times slower.
-    add_batch = devices.map(on_device, donate=(0,))
-    starts = [devices.replicate(np.int32(i)) for i in range(0, num_examples, batch_size)]
+    sharded = (2,) if batches.sharded else ()
+    add_batch = devices.map(on_device, donate=(0,), sharded=sharded)
     zero = {
         "loss": np.zeros((), np.float32),
         "confusion": np.zeros((num_classes, num_classes), np.int32),
         "count": np.zeros((), np.int32),
+        "skipped": np.zeros((), np.int32),
     }
 
     def evaluate(variables: Any) -> Evaluation:
         sums = devices.replicate(zero)
-        for start in starts:
-            sums = add_batch(sums, variables, split, start)
+        for data in batches:
+            sums = add_batch(sums, variables, data)
         sums = devices.fetch(sums)
-        if not sums["count"] == sums["confusion"].sum() == num_examples:
-            raise RuntimeError(f"{sums['count']} of {num_examples} examples were evaluated")
-        return Evaluation(float(sums["loss"]) / num_examples, sums["confusion"])
+        count, skipped = int(sums["count"]), int(sums["skipped"])
+        if not (count == sums["confusion"].sum() and count + skipped == batches.examples):
+            raise RuntimeError(f"{count} of {batches.examples} examples were evaluated")
+        return Evaluation(float(sums["loss"]) / count, sums["confusion"], skipped)
 
     return evaluate
 

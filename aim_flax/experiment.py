@@ -6,26 +6,30 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from aim_flax.build import build_model
 from aim_flax.config import flatten
-from aim_flax.data.augment import augment, check_options
-from aim_flax.data.in_memory import epoch_order, gather, steps_per_epoch
-from aim_flax.data.load import load_dataset
+from aim_flax.data.augment import check_options
+from aim_flax.data.load import open_dataset, prepare, with_classes
+from aim_flax.data.order import steps_per_epoch
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.evaluation import Evaluation, build_evaluate, memory_use
 from aim_flax.parallel import AXIS, Devices
 from aim_flax.schedules import build_optimizer, build_schedule
-from aim_flax.steps import TrainState, augment_key, create_state, data_key, train_step
+from aim_flax.steps import TrainState, create_state, train_step
 
 
 class Experiment:
     """What a config describes, ready to be trained.
 
     Attributes:
-      config, devices, model, dataset, schedule, optimizer: the parts.
+      config: with the number of classes filled in.
+      devices, model, dataset, train_batches, schedule, optimizer: the parts.
       epoch_steps, total_steps: steps in an epoch, and in all epochs.
+      steps_per_call: most steps in one compiled call.
       abstract_state: shapes and dtypes of the training state.
     """
 
@@ -34,11 +38,9 @@ class Experiment:
 
         Raises:
           UsageError: the config, or a part of it, can't be run.
+          DataError: an image that is read now can't be read.
         """
-        self.config = config
-        _check_positive(
-            config, "train.batch_size", "train.epochs", "train.steps_per_call", "eval.batch_size"
-        )
+        _check_numbers(config)
         check_choice("eval.select_on", config.eval.select_on, ("val", "test"))
         self.devices = Devices(config.parallel, device_count)
         batch_size = config.train.batch_size
@@ -48,9 +50,13 @@ class Experiment:
                 " share equally"
             )
         check_options(config.augment or {})
+        dataset = open_dataset(config)
+        self.config = config = with_classes(config, dataset.classes)
         self.model = build_model(config, axis_name=AXIS)
-        self.dataset = load_dataset(config)
-        examples = len(self.dataset.splits["train"])
+        # Finds a memory that doesn't fit the network before images are read, or files written.
+        self.abstract_state = abstract_state(config, self.model)
+        self.dataset = prepare(dataset, config)
+        examples = self.dataset.sizes["train"]
         if batch_size > examples:
             raise UsageError(
                 f"train.batch_size is {batch_size}, but there are {examples} training examples"
@@ -59,49 +65,38 @@ class Experiment:
         self.total_steps = self.epoch_steps * config.train.epochs
         self.schedule = build_schedule(config, self.epoch_steps)
         self.optimizer = build_optimizer(config, self.schedule)
-        # Finds a memory that doesn't fit the network before any file is touched.
-        self.abstract_state: TrainState = jax.eval_shape(self._create, config.seed)
-
-    def _create(self, seed: jax.Array | int) -> TrainState:
-        image_shape = tuple(self.config.data.image_shape)
-        return create_state(self.model, self.optimizer, seed, image_shape)
+        self.train_batches = self.dataset.train_batches(
+            self.devices,
+            batch_size,
+            config.data.scale,
+            config.augment and config.augment.to_dict(),
+        )
+        most = self.train_batches.steps_per_call or config.train.steps_per_call
+        self.steps_per_call = min(config.train.steps_per_call, most)
 
     def initial_state(self) -> TrainState:
         """Returns the state at step 0, numpy arrays."""
         # It runs once, and on CPU optimising its many random draws takes longer than that saves.
         cpu = jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": 0} if cpu else None
-        create = jax.jit(self._create, compiler_options=options)
-        return jax.tree.map(np.asarray, create(self.config.seed))
-
-    def replicated_split(self, name: str) -> Any:
-        """Returns images and labels of a split on every device."""
-        split = self.dataset.splits[name]
-        return self.devices.replicate((split.images, split.labels))
+        image_shape = tuple(self.config.data.image_shape)
+        create = partial(create_state, self.model, self.optimizer, image_shape=image_shape)
+        create = jax.jit(create, compiler_options=options)
+        return jax.tree.map(np.asarray, create(seed=self.config.seed))
 
     def train_call(self, length: int) -> Callable:
         """Returns `length` steps, all within one epoch, as a program of all devices.
 
-        (state, training split, seed) -> (state, {loss, accuracy: (length,)}), all replicated.
-        The state that goes in is given up.
+        (state, data, seed) -> (state, {loss, accuracy: (length,)}), where `data` is what
+        `train_batches.feed` has for the first step, and the rest is replicated. The state that goes
+        in is given up.
         """
-        batch_size = self.config.train.batch_size
-        local = batch_size // self.devices.count
-        num_examples, scale = len(self.dataset.splits["train"]), self.config.data.scale
-        augmentation = self.config.augment and self.config.augment.to_dict()
 
-        def on_device(state, split, seed):
-            epoch = state.step // self.epoch_steps
-            order = epoch_order(data_key(seed), epoch, num_examples)
-            rank = jax.lax.axis_index(AXIS)
+        def on_device(state, data, seed):
+            batch = self.train_batches.on_device(data, seed, state.step)
 
             def body(state, _):
-                first = rank * local
-                start = state.step % self.epoch_steps * batch_size + first
-                indices = jax.lax.dynamic_slice_in_dim(order, start, local)
-                images, labels = gather(split, indices, scale)
-                if augmentation is not None:
-                    images = augment(images, augment_key(seed, state.step), first, augmentation)
+                images, labels = batch(state.step)
                 return train_step(
                     self.model, self.optimizer, state, images, labels, seed, axis_name=AXIS
                 )
@@ -112,32 +107,41 @@ class Experiment:
                 return state, jax.tree.map(lambda metric: metric[None], metrics)
             return jax.lax.scan(body, state, length=length)
 
-        return self.devices.map(on_device, donate=(0,))
+        sharded = (1,) if self.train_batches.sharded else ()
+        return self.devices.map(on_device, donate=(0,), sharded=sharded)
 
     def evaluate(self, split: str) -> Callable[[Any], Evaluation]:
         """Returns replicated variables -> Evaluation of a split."""
-        return build_evaluate(
-            self.model,
-            self.devices,
-            self.replicated_split(split),
-            self.config.eval.batch_size,
-            len(self.dataset.splits[split]),
-            len(self.dataset.classes),
-            self.config.data.scale,
+        batches = self.dataset.eval_batches(
+            self.devices, split, self.config.eval.batch_size, self.config.data.scale
         )
+        return build_evaluate(self.model, self.devices, batches, len(self.dataset.classes))
 
     def memory_probe(self) -> Callable[[Any], dict[str, dict[str, float]]]:
         """Returns replicated variables -> the use of memory on the first selection batch."""
         if self.config.memory is None:
             return lambda variables: {}
-        images = self.dataset.splits[self.config.eval.select_on].images
-        images = images[: self.config.eval.batch_size].astype(np.float32) / self.config.data.scale
+        split, count = self.config.eval.select_on, self.config.eval.batch_size
+        images = self.dataset.first_images(split, count).astype(np.float32)
+        images /= self.config.data.scale
         use = jax.jit(partial(memory_use, self.model))
         return lambda variables: jax.tree.map(float, use(self.devices.local(variables), images))
 
 
-def _check_positive(config: ConfigDict, *keys: str) -> None:
+def abstract_state(config: ConfigDict, model: nn.Module) -> TrainState:
+    """Returns the shapes and dtypes of the training state of a config's network."""
+    # Which schedule it is makes no difference to the state's shapes.
+    optimizer = build_optimizer(config, optax.constant_schedule(0.0))
+    image_shape = tuple(config.data.image_shape)
+    create = partial(create_state, model, optimizer, image_shape=image_shape)
+    return jax.eval_shape(create, config.seed)
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    if not 0 <= config.seed < 2**32:
+        raise UsageError(f"seed is {config.seed}, expected 0 to 2**32 - 1")
     values = flatten(config)
-    for key in keys:
-        if values[key] < 1:
+    at_least_1 = ("train.batch_size", "train.epochs", "train.steps_per_call", "eval.batch_size")
+    for key in (*at_least_1, "data.threads"):
+        if values.get(key, 1) < 1:
             raise UsageError(f"{key} is {values[key]}, expected at least 1")

@@ -22,16 +22,18 @@ from flax.core import Scope
 from aim_flax.errors import UsageError, check_choice, nearest
 from aim_flax.memory import Memory, MemoryUpdate, fit
 
-READ_MODES = ("concat", "add")
+READ_MODES = ("concat", "add", "scale")
 CARRIES = ("weights", "state")
 READABLE = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
-_OWN_NAMES = ("memory", "memory_initial", "memory_read", "memory_update")
+OWN_NAMES = ("memory", "memory_initial", "memory_read", "memory_update")
 
 # Part of JAX's cache keys. Without it nn.jit could take its init from a plain network's cache, and
 # the latch, which sees only what is traced, would not even know that there is an nn.jit to refuse.
 _init_context = jax.make_user_context(default_value=False)
 
 Patterns = str | Sequence[str]
+# (memory as it stands, memory of the weights alone, batch size, path) -> memory that is read.
+Alteration = Callable[[jax.Array, jax.Array, int, str], jax.Array]
 
 
 class AiM(nn.Module):
@@ -52,8 +54,11 @@ class AiM(nn.Module):
       read_mode: "concat" appends the memory to the layer's input channels, as published;
         "add" leaves the layer alone and adds a bias-free layer of the memory to its output,
         which is the same function by linearity. In a grouped convolution every group reads the
-        whole memory.
-      zero_init: with "add", start the read kernels at zero: the first output is the backbone's.
+        whole memory. "scale" multiplies the layer's output, bias included, by 1 + that layer of
+        the memory: the scaling half of FiLM (E. Perez et al., "FiLM: Visual Reasoning with a
+        General Conditioning Layer", 2018).
+      zero_init: with "add" and "scale", start the read kernels at zero: the first output is the
+        backbone's.
       update: options of the update blocks; each place gets a block of its own.
       carry: what the next batch finds. "weights": what backpropagation made of the memory, as
         published. "state": that, plus what updates have written, which is kept in the variable
@@ -61,6 +66,9 @@ class AiM(nn.Module):
         with `written` the last memory of the pass averaged over batch and devices, `weights`
         the memory before it, and no gradient.
       carry_rate: that rate, in (0, 1].
+      alter_read, no_write: for evaluation only, and set by `aim_flax.interventions.intervene`:
+        pairs of a pattern and what it does to the memory that matching reads find, applied in this
+        order; and patterns of places whose update blocks don't write.
 
     Raises:
       UsageError: a pattern that matches no module, a module that cannot be read into or updated
@@ -77,6 +85,8 @@ class AiM(nn.Module):
     update: MemoryUpdate = MemoryUpdate()
     carry: str = "weights"
     carry_rate: float = 0.1
+    alter_read: Sequence[tuple[str, Alteration]] = ()
+    no_write: Sequence[str] = ()
 
     @nn.compact
     def __call__(self, *args: Any, train: bool = False, **kwargs: Any) -> Any:
@@ -87,7 +97,7 @@ class AiM(nn.Module):
           train: whether update blocks use batch statistics and a carried memory is written;
             passed on where the backbone's `__call__` has a parameter of that name.
         """
-        self._check_options()
+        self._check_options(train)
         if "train" in inspect.signature(type(self.backbone).__call__).parameters:
             kwargs["train"] = train
         # Flax binds attributes one level down and takes their names. The backbone belongs in this
@@ -101,17 +111,20 @@ class AiM(nn.Module):
         latch.carry_on()
         return outputs
 
-    def _check_options(self) -> None:
+    def _check_options(self, train: bool) -> None:
         check_choice("read_mode", self.read_mode, READ_MODES)
         check_choice("carry", self.carry, CARRIES)
-        if self.zero_init and self.read_mode != "add":
+        if self.zero_init and self.read_mode == "concat":
             raise UsageError(
-                "zero_init needs read_mode 'add': in 'concat' the memory has no kernel of its own"
+                "zero_init needs read_mode 'add' or 'scale': in 'concat' the memory has no kernel"
+                " of its own"
             )
-        if self.carry == "state" and not _compile(self.update_after):
+        if self.carry == "state" and not compile_patterns(self.update_after):
             raise UsageError("carry 'state' needs update_after: nothing writes to this memory")
         if not 0 < self.carry_rate <= 1:
             raise UsageError(f"carry_rate is {self.carry_rate}, expected a number in (0, 1]")
+        if train and (self.alter_read or self.no_write):
+            raise UsageError("interventions are for evaluation: call the network with train=False")
 
 
 class _Latch:
@@ -119,10 +132,12 @@ class _Latch:
 
     def __init__(self, aim: AiM, scope: Scope, train: bool):
         self.aim, self.scope, self.train = aim, scope, train
-        self.read = _compile(aim.read)
-        self.update_after = _compile(aim.update_after)
-        self.read_initial = _compile(aim.read_initial)
-        self.matched: set[re.Pattern] = set()
+        self.read = compile_patterns(aim.read)
+        self.update_after = compile_patterns(aim.update_after)
+        self.read_initial = compile_patterns(aim.read_initial)
+        self.alter_read = compile_patterns([at for at, _ in aim.alter_read])
+        self.no_write = compile_patterns(aim.no_write)
+        self.matched: set[tuple[str, re.Pattern]] = set()
         self.seen: dict[str, nn.Module] = {}
         self.updates: dict[str, MemoryUpdate] = {}
         self.weights = self._memory("memory")
@@ -135,14 +150,14 @@ class _Latch:
             self.initial = self._memory("memory_initial")
 
     def _memory(self, name: str) -> jax.Array:
-        return self.aim.memory.clone(parent=self.scope.push(name), name=None)()
+        return self.aim.memory.clone(parent=self.scope.push(name), name=None)(self.train)
 
     def intercept(
         self, next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
     ) -> Any:
         module = context.module
         names = module.path[len(self.scope.path) :]
-        if context.method_name != "__call__" or not names or set(names) & set(_OWN_NAMES):
+        if context.method_name != "__call__" or not names or set(names) & set(OWN_NAMES):
             return next_fun(*args, **kwargs)
         path = "/".join(names)
         self.seen[path] = module
@@ -151,14 +166,17 @@ class _Latch:
                 f"{path!r} runs inside nn.jit, which calls what it compiled before and so would"
                 " read an old memory: remove nn.jit and compile the whole step with jax.jit"
             )
-        if self._match(self.read, path):
+        if self._match("read", path):
             y = self._read(next_fun, args, kwargs, module, path)
-        elif self._match(self.read_initial, path):
+        elif self._match("read_initial", path):
             raise UsageError(f"read_initial matches {path!r}, which read does not match")
         else:
             y = next_fun(*args, **kwargs)
-        if self._match(self.update_after, path):
-            self._update(y, module, path)
+        if self._match("update_after", path):
+            silent = self._match("no_write", path)
+            # At initialisation it writes all the same, so that its parameters are made.
+            if not silent or self.aim.is_initializing():
+                self._update(y, module, path)
         return y
 
     def _transformations(self, module: nn.Module) -> list[str]:
@@ -167,21 +185,30 @@ class _Latch:
         inner = module.scope.debug_path
         return [name for name, plain in zip(inner, outer, strict=False) if name != plain]
 
-    def _match(self, patterns: Sequence[re.Pattern], path: str) -> bool:
-        matching = [pattern for pattern in patterns if pattern.fullmatch(path)]
-        self.matched.update(matching)
-        return bool(matching)
+    def _match(self, what: str, path: str) -> list[re.Pattern]:
+        matching = [pattern for pattern in getattr(self, what) if pattern.fullmatch(path)]
+        self.matched.update((what, pattern) for pattern in matching)
+        return matching
 
     def _read(
         self, next_fun: Callable, args: tuple, kwargs: dict, module: nn.Module, path: str
     ) -> jax.Array:
         x = args[0] if args else kwargs["inputs"]
-        initial = self._match(self.read_initial, path)
-        m = _as_input(self.initial if initial else self.current, x, module, path)
+        if self._match("read_initial", path):
+            m = weights = self.initial
+        else:
+            m, weights = self.current, self.weights
+        matching = self._match("alter_read", path)
+        for pattern, (_, alter) in zip(self.alter_read, self.aim.alter_read, strict=True):
+            if pattern in matching:
+                m = alter(m, weights, x.shape[0], path)
+        m = _as_input(m, x, module, path)
         measure = module.is_mutable_collection("intermediates") and not module.is_initializing()
-        if self.aim.read_mode == "add":
+        if self.aim.read_mode != "concat":
             y = next_fun(x)
             share = _read_layer(module, self.aim.zero_init)(m)
+            if self.aim.read_mode == "scale":
+                share = y * share
             if measure:
                 _record(module, share, y)
             return y + share
@@ -223,19 +250,26 @@ class _Latch:
 
     def check_patterns(self) -> None:
         """Raises UsageError for a pattern that matched nothing in this pass."""
-        for what in ("read", "update_after", "read_initial"):
+        readable = [path for path, module in self.seen.items() if isinstance(module, READABLE)]
+        reads, updates = (
+            [path for path in self.seen if self._match(what, path)]
+            for what in ("read", "update_after")
+        )
+        places = {
+            "read": ("read", "module", readable),
+            "update_after": ("update_after", "module", list(self.seen)),
+            "read_initial": ("read_initial", "module", readable),
+            "alter_read": ("at", "read", reads),
+            "no_write": ("at", "update", updates),
+        }
+        for what, (name, noun, paths) in places.items():
             for pattern in getattr(self, what):
-                if pattern in self.matched:
+                if (what, pattern) in self.matched:
                     continue
-                paths = [
-                    path
-                    for path, module in self.seen.items()
-                    if what == "update_after" or isinstance(module, READABLE)
-                ]
                 raise UsageError(
-                    f"{what} pattern {pattern.pattern!r} matches no module of"
+                    f"{name} pattern {pattern.pattern!r} matches no {noun} of"
                     f" {type(self.aim.backbone).__name__}{nearest(pattern.pattern, paths)};"
-                    f" there are: {', '.join(paths)}"
+                    f" there are: {', '.join(paths) or 'none'}"
                 )
 
     def carry_on(self) -> None:
@@ -250,7 +284,8 @@ class _Latch:
         self.carried.value = (1 - aim.carry_rate) * self.carried.value + aim.carry_rate * change
 
 
-def _compile(patterns: Patterns) -> tuple[re.Pattern, ...]:
+def compile_patterns(patterns: Patterns) -> tuple[re.Pattern, ...]:
+    """Returns them compiled, without empty ones; UsageError for what is no regular expression."""
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     try:
         return tuple(re.compile(pattern) for pattern in patterns if pattern)

@@ -7,6 +7,7 @@ memory is (1 or B, R, K, D), that is R rows, K columns and D channels; a dense m
 """
 
 import math
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from numbers import Integral
@@ -18,7 +19,9 @@ from flax import linen as nn
 
 from aim_flax.errors import UsageError, check_choice
 
-MEMORY_KINDS = ("conv", "dense", "direct")
+MEMORY_KINDS = ("conv", "dense", "direct", "noise", "zero")
+UPDATE_MODES = ("replace", "residual", "gated")
+_GATE_BIAS = -2.0  # a new gate is open by sigmoid(-2), 12 %
 
 
 class Memory(nn.Module):
@@ -29,9 +32,14 @@ class Memory(nn.Module):
     ones gives the same D values at each of the R·K positions: with `conv` and kernel_size 1 the
     memory holds only D distinct numbers (see `distinct_values`).
 
+    `noise` and `zero` are controls without parameters, which tell what a memory's content is worth
+    from what the rest of the latch is: standard normal floats, drawn anew at each training step and
+    from a fixed key in evaluation, and all zeros.
+
     Attributes:
-      shape: (R, K, D) for `conv`, (D,) for `dense`, either for `direct`.
-      kind: "conv" (a convolution D -> D, SAME, with bias), "dense" (D -> D with bias) or "direct".
+      shape: (R, K, D) for `conv`, (D,) for `dense`, either for the others.
+      kind: "conv" (a convolution D -> D, SAME, with bias), "dense" (D -> D with bias), "direct",
+        "noise" or "zero".
       kernel_size: of the convolution, an int or (rows, columns). Published: 1; the author
         suggests (R, K).
       kernel_init: initialiser of the layer's kernel. Glorot uniform, as in the published code,
@@ -40,6 +48,7 @@ class Memory(nn.Module):
 
     Raises:
       UsageError: on a shape, kind or kernel size that does not fit the rest.
+      flax.errors.InvalidRngError: `noise` in training without a "memory" key.
     """
 
     shape: Sequence[int]
@@ -49,9 +58,18 @@ class Memory(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self) -> jax.Array:
-        """Returns the memory, (1, *shape): the same for every example, so batch size 1."""
+    def __call__(self, train: bool = False) -> jax.Array:
+        """Returns the memory, (1, *shape): the same for every example, so batch size 1.
+
+        Args:
+          train: whether `noise` is drawn from the "memory" key; the other kinds don't ask.
+        """
         shape = check_memory(self.shape, self.kind)
+        if self.kind == "zero":
+            return jnp.zeros((1, *shape), self.param_dtype)
+        if self.kind == "noise":
+            key = self.make_rng("memory") if train else fixed_key(self.path)
+            return jax.random.normal(key, (1, *shape), self.param_dtype)
         if self.kind == "direct":
             init = nn.initializers.normal(stddev=1.0)
             return self.param("content", init, shape, self.param_dtype)[None]
@@ -70,7 +88,7 @@ def check_memory(shape: Sequence[int], kind: str) -> tuple[int, ...]:
     """Returns `shape` as a tuple, or raises UsageError when it is none for this kind of memory."""
     check_choice("the memory's kind", kind, MEMORY_KINDS)
     shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    ranks = {"conv": (3,), "dense": (1,), "direct": (1, 3)}[kind]
+    ranks = {"conv": (3,), "dense": (1,)}.get(kind, (1, 3))
     if len(shape) not in ranks or not _positive(shape):
         forms = " or ".join({1: "(D,)", 3: "(R, K, D)"}[rank] for rank in ranks)
         raise UsageError(f"a {kind} memory has shape {forms}, each at least 1, not {shape}")
@@ -84,6 +102,8 @@ def distinct_values(shape: Sequence[int], kind: str, kernel_size: int | Sequence
     outside the map, so at most the border differs from the inside.
     """
     shape = check_memory(shape, kind)
+    if kind == "zero":
+        return 1
     if kind != "conv":
         return math.prod(shape)
     kernel = pair(kernel_size)
@@ -92,6 +112,13 @@ def distinct_values(shape: Sequence[int], kind: str, kernel_size: int | Sequence
         before, after = (k - 1) // 2, k // 2
         distinct *= len({(min(i, before), min(size - 1 - i, after)) for i in range(size)})
     return distinct
+
+
+def fixed_key(path: Sequence[str]) -> jax.Array:
+    """Returns a key that depends on a module's path alone, for evaluation that can be repeated."""
+    return jax.random.fold_in(
+        jax.random.key(0), np.uint32(zlib.crc32("/".join(path).encode("utf-8")))
+    )
 
 
 def fit(m: jax.Array, height: int, width: int) -> jax.Array:
@@ -135,12 +162,25 @@ class MemoryUpdate(nn.Module):
     form: [x, m] -> 3 x (Dense -> batch norm -> sigmoid) -> Dense to D, where x is first averaged
     over any axes between the batch and the features.
 
+    That output takes the memory's place in mode `replace`, as published. With batch norm in front
+    of it, nothing of the old memory is sure to get through; the other two modes keep what they
+    don't change. `residual` adds the output to the memory, from a last layer that starts at zero,
+    so that a new block changes nothing. `gated` moves the memory towards the output, each float by
+    its own gate between 0 and 1, the sigmoid of a second last layer: the update of a GRU (K. Cho et
+    al., "Learning Phrase Representations using RNN Encoder-Decoder", 2014), with gates that start
+    almost closed as in highway networks (R. K. Srivastava, K. Greff, J. Schmidhuber, "Training Very
+    Deep Networks", 2015).
+
     Attributes:
       features: widths of the convolutions or Dense layers. Published: 16, 16, 32.
       kernel_size: of the convolutions.
       momentum, epsilon: of the batch norms. Published (Keras defaults): 0.99, 1e-3.
       axis_name: device axis over which batch statistics are averaged in training, or None.
       dtype: of the computation; None takes the inputs' and parameters' own.
+      mode: "replace", "residual" (m + output) or "gated" (m + gate·(output - m)).
+
+    Raises:
+      UsageError: on an unknown mode or a bad kernel size.
     """
 
     features: Sequence[int] = (16, 16, 32)
@@ -149,6 +189,7 @@ class MemoryUpdate(nn.Module):
     epsilon: float = 1e-3
     axis_name: str | None = None
     dtype: jnp.dtype | None = None
+    mode: str = "replace"
 
     @nn.compact
     def __call__(self, x: jax.Array, m: jax.Array, train: bool = False) -> jax.Array:
@@ -160,8 +201,10 @@ class MemoryUpdate(nn.Module):
           train: whether batch norm uses (and records) the statistics of this batch.
 
         Returns:
-          (B, R, K, D) or (B, D).
+          (B, R, K, D) or (B, D), in the dtype of the computation with `replace`, else in m's.
         """
+        check_choice("the update block's mode", self.mode, UPDATE_MODES)
+        before = m
         convolutional = m.ndim == 4
         if convolutional:
             rows, columns, channels = m.shape[1:]
@@ -194,12 +237,19 @@ class MemoryUpdate(nn.Module):
             h = nn.sigmoid(norm(h))
         if convolutional:
             h = average_pool_to(h, rows, columns)
-        return output(
-            features=channels,
-            kernel_init=nn.initializers.glorot_uniform(),
-            dtype=self.dtype,
-            name="output",
-        )(h)
+        output = partial(output, features=channels, dtype=self.dtype)
+        glorot, zeros = nn.initializers.glorot_uniform(), nn.initializers.zeros
+        kernel_init = zeros if self.mode == "residual" else glorot
+        new = output(kernel_init=kernel_init, name="output")(h)
+        if self.mode == "replace":
+            return new
+        # In the memory's own dtype, in which small changes add up.
+        new = new.astype(before.dtype)
+        if self.mode == "residual":
+            return before + new
+        bias_init = nn.initializers.constant(_GATE_BIAS)
+        gate = nn.sigmoid(output(kernel_init=glorot, bias_init=bias_init, name="gate")(h))
+        return before + gate.astype(before.dtype) * (new - before)
 
 
 def average_pool_to(x: jax.Array, rows: int, columns: int) -> jax.Array:

@@ -1,10 +1,10 @@
 """Maps per-device functions over the devices of a run: the only place that knows how.
 
-`pmap` and `shard_map` give equal results. State is replicated; a mapped function takes its
-device's part of a batch by its index along the axis, so all its arguments and results are
-replicated too.
+`pmap` and `shard_map` give equal results. State and results are replicated; of data that all
+devices hold, a mapped function takes its device's part by its index along the axis.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -48,20 +48,24 @@ class Devices:
         self.count = len(self._devices)
         self._mesh = Mesh(np.array(self._devices), (AXIS,))
 
-    def map(self, fn: Callable, donate: Sequence[int] = ()) -> Callable:
+    def map(
+        self, fn: Callable, donate: Sequence[int] = (), sharded: Sequence[int] = ()
+    ) -> Callable:
         """Returns `fn` compiled for all devices, with collectives over `AXIS`.
 
         Args:
-          fn: called once per device, with replicated arguments; must return the same on each.
+          fn: called once per device; must return the same on each.
           donate: positions of arguments whose memory the results may take over.
+          sharded: positions of arguments that `shard` made; the others are replicated.
         """
         if self.kind == "pmap":
             return jax.pmap(fn, AXIS, devices=self._devices, donate_argnums=tuple(donate))
         # Results are equal on all devices by contract, as with pmap, so that isn't checked here:
         # with the check, gradients of replicated parameters would be summed a second time.
-        replicated = PartitionSpec()
+        positions = range(len(inspect.signature(fn).parameters))
+        specs = tuple(PartitionSpec(AXIS) if i in sharded else PartitionSpec() for i in positions)
         mapped = jax.shard_map(
-            fn, mesh=self._mesh, in_specs=replicated, out_specs=replicated, check_vma=False
+            fn, mesh=self._mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
         )
         return jax.jit(mapped, donate_argnums=tuple(donate))
 
@@ -78,6 +82,39 @@ class Devices:
             return jax.make_array_from_callback(shape, sharding, lambda _: part)
 
         return jax.tree.map(put, tree)
+
+    def local_rows(self, batch_size: int) -> np.ndarray:
+        """Returns which rows of a batch this process's devices compute: (rows,) int."""
+        local = batch_size // self.count
+        return np.concatenate([rank * local + np.arange(local) for rank in self._local_ranks()])
+
+    def shard(self, tree: Any) -> Any:
+        """Returns a batch on the devices, each holding its own part, in the form `map` takes.
+
+        Args:
+          tree: host arrays of this process's rows, in the order of `local_rows`.
+        """
+        stacked = self.kind == "pmap"
+        sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
+        ranks = self._local_ranks()
+
+        def put(x):
+            parts = x.reshape(len(ranks), -1, *x.shape[1:])
+            local = parts.shape[1]
+            head = (self.count, local) if stacked else (self.count * local,)
+
+            def part(index):
+                first = index[0].start or 0
+                rows = parts[ranks.index(first if stacked else first // local)]
+                return rows[None] if stacked else rows
+
+            return jax.make_array_from_callback((*head, *x.shape[1:]), sharding, part)
+
+        return jax.tree.map(put, tree)
+
+    def _local_ranks(self) -> list[int]:
+        process = jax.process_index()
+        return [i for i, device in enumerate(self._devices) if device.process_index == process]
 
     def fetch(self, tree: Any) -> Any:
         """Returns the one value that all devices hold, as numpy arrays of their own."""
@@ -98,6 +135,16 @@ class Devices:
             return part[0] if self.kind == "pmap" else part
 
         return jax.tree.map(get, tree)
+
+
+def union_size(indices: set[int], count: int) -> int:
+    """Returns the size of the union of the processes' sets of indices below `count`; all must
+    call this."""
+    if jax.process_count() == 1:
+        return len(indices)
+    flags = np.zeros(count, bool)
+    flags[list(indices)] = True
+    return int(multihost_utils.process_allgather(flags).any(axis=0).sum())
 
 
 def any_process(*flags: bool) -> list[bool]:

@@ -77,7 +77,10 @@ class Events:
     def __exit__(self, *exception: object) -> None:
         self._writer.close()
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, Any], data_wait_share: float | None) -> None:
+        """Writes an epoch's row of the history, and the share of time spent waiting for data."""
+        if data_wait_share is not None:
+            self._writer.add_scalar("data_wait_share", data_wait_share, row["step"])
         for column in HISTORY_COLUMNS[2:]:
             split, _, metric = column.partition("_")
             tag = f"{split}/{metric}" if split in ("train", "val") else column

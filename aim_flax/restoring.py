@@ -1,24 +1,22 @@
 """From a run's workdir alone to its network, its weights and their evaluation."""
 
 import dataclasses
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from aim_flax import report
 from aim_flax.build import build_model
 from aim_flax.checkpoint import Checkpoints
+from aim_flax.config import override
 from aim_flax.data.load import load_dataset
 from aim_flax.errors import UsageError
 from aim_flax.evaluation import Evaluation, build_evaluate
+from aim_flax.experiment import abstract_state
 from aim_flax.parallel import Devices
-from aim_flax.schedules import build_optimizer
-from aim_flax.steps import TrainState, create_state
 from aim_flax.workdir import read_json
 
 
@@ -74,43 +72,28 @@ def restore_run(workdir: str | Path, checkpoint: str | int = "best") -> Restored
     return Restored(config, model, variables, int(state.step))
 
 
-def abstract_state(config: ConfigDict, model: nn.Module) -> TrainState:
-    """Returns the shapes and dtypes of the training state of a config's network."""
-    # Which schedule it is makes no difference to the state's shapes.
-    optimizer = build_optimizer(config, optax.constant_schedule(0.0))
-    image_shape = tuple(config.data.image_shape)
-    create = partial(create_state, model, optimizer, image_shape=image_shape)
-    return jax.eval_shape(create, config.seed)
-
-
 def evaluate_run(
     workdir: str | Path,
     checkpoint: str | int = "best",
     split: str = "test",
     device_count: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> Evaluation:
     """Evaluates a checkpoint of a run, prints the result and writes it into the workdir.
 
     Writes `eval_<split>.json` and `confusion_<split>.png`. Arguments and errors are those of
-    `restore_run`; `split` is "train", "val" or "test".
+    `restore_run`; `split` is "train", "val" or "test"; `overrides` are "key=value" of the config,
+    as `config.override` takes them, for what concerns the data or the evaluation.
     """
     workdir = Path(workdir)
     restored = restore_run(workdir, checkpoint)
-    config = restored.config
+    config = override(restored.config, overrides)
     dataset = load_dataset(config)
-    if split not in dataset.splits:
-        raise UsageError(f"no split {split!r}; there are: {', '.join(dataset.splits)}")
+    if split not in dataset.sizes:
+        raise UsageError(f"no split {split!r}; there are: {', '.join(dataset.sizes)}")
     devices = Devices(config.parallel, device_count)
-    examples = dataset.splits[split]
-    evaluate = build_evaluate(
-        restored.model,
-        devices,
-        devices.replicate((examples.images, examples.labels)),
-        config.eval.batch_size,
-        len(examples),
-        len(dataset.classes),
-        config.data.scale,
-    )
+    batches = dataset.eval_batches(devices, split, config.eval.batch_size, config.data.scale)
+    evaluate = build_evaluate(restored.model, devices, batches, len(dataset.classes))
     evaluation = evaluate(devices.replicate(restored.variables))
     low, high = evaluation.accuracy_interval()
     classes = report.per_class(evaluation, dataset.classes)
@@ -119,6 +102,7 @@ def evaluate_run(
         "checkpoint": checkpoint,
         "step": restored.step,
         "examples": evaluation.count,
+        "skipped": evaluation.skipped,
         "loss": evaluation.loss,
         "accuracy": evaluation.accuracy,
         "accuracy_low": low,
@@ -135,8 +119,9 @@ def evaluate_run(
     except OSError as error:
         raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
     print(report.class_table(classes))
+    left_out = f" ({evaluation.skipped} left out)" if evaluation.skipped else ""
     print(
-        f"{workdir}, step {restored.step}, {split} split, {evaluation.count} images: loss"
+        f"{workdir}, step {restored.step}, {split} split, {evaluation.count} images{left_out}: loss"
         f" {evaluation.loss:.4f}, accuracy {evaluation.accuracy:.2%} (95 % interval {low:.2%} to"
         f" {high:.2%})"
     )

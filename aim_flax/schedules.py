@@ -7,7 +7,9 @@ a run's history lies in its checkpoints, so there is no further state to save.
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import optax
 from ml_collections import ConfigDict
@@ -41,8 +43,12 @@ def build_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
 def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Returns the optax optimiser of `config.optimizer`; a key that is None is left to optax.
 
+    What it would change in the parameters of the memory itself, weight decay included, is
+    multiplied by `config.memory.learning_rate_scale` where the config has it: 0 freezes the memory,
+    and what reads and updates it still learns.
+
     Raises:
-      UsageError: an unknown optimiser, or an option that this one does not take.
+      UsageError: an unknown optimiser, an option that this one does not take, or a negative scale.
     """
     options = {k: v for k, v in config.optimizer.items() if v is not None}
     name = options.pop("name")
@@ -51,7 +57,20 @@ def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
     for option in options:
         if option not in inspect.signature(build).parameters:
             raise UsageError(f"optimizer.{option} is set, but {name} takes no {option}")
-    return build(**(options | {"learning_rate": schedule}))
+    optimizer = build(**(options | {"learning_rate": schedule}))
+    scale = (config.get("memory") or {}).get("learning_rate_scale", 1.0)
+    if not isinstance(scale, Real) or not 0 <= scale < math.inf:
+        raise UsageError(
+            f"memory.learning_rate_scale is {scale!r}, expected a number of at least 0"
+        )
+    if scale == 1:
+        return optimizer
+    return optax.chain(optimizer, optax.masked(optax.scale(scale), _of_memory))
+
+
+def _of_memory(params: Mapping[str, Any]) -> dict[str, bool]:
+    """Returns which of a network's top-level names are memories."""
+    return {name: name in ("memory", "memory_initial") for name in params}
 
 
 def plateau_cuts(accuracies: Sequence[float], patience: int, min_delta: float = 1e-4) -> list[int]:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import struct
 
 # What keys are folded from the run's seed for.
-_INIT, _DATA, _DROPOUT, _AUGMENT = range(4)
+_INIT, _DATA, _DROPOUT, _AUGMENT, _MEMORY = range(5)
 
 
 class TrainState(struct.PyTreeNode):
@@ -75,6 +75,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one step of gradient descent on the mean cross-entropy.
 
+    The network's keys are "dropout", another one on each device, and "memory", the same on all.
+
     Args:
       images: (B, H, W, C) float32, this device's share of the batch.
       labels: (B,) int32.
@@ -86,6 +88,8 @@ def train_step(
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), state.step)
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    # One memory for the whole batch, so one key for all devices.
+    memory_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _MEMORY), state.step)
 
     def loss_fn(params):
         logits, model_state = model.apply(
@@ -93,7 +97,7 @@ def train_step(
             images,
             train=True,
             mutable=list(state.model_state),
-            rngs={"dropout": key},
+            rngs={"dropout": key, "memory": memory_key},
         )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, (logits, model_state)

@@ -1,11 +1,11 @@
 """The training loop: from a config and a workdir to a trained network and its summary."""
 
+import contextlib
 import dataclasses
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 from aim_flax import report
 from aim_flax.checkpoint import Checkpoints
 from aim_flax.console import Reporter
-from aim_flax.errors import DivergenceError, InterruptionError
+from aim_flax.errors import DataError, DivergenceError, InterruptionError
 from aim_flax.evaluation import Evaluation
 from aim_flax.experiment import Experiment
-from aim_flax.parallel import any_process
+from aim_flax.parallel import any_process, union_size
 from aim_flax.schedules import best_epoch, plateau_cuts, select_epoch, should_stop
 from aim_flax.workdir import claim, read_json, versions
 
@@ -42,11 +42,12 @@ def run(
       UsageError: before anything is touched, on a config that can't be run, or a workdir that
         holds something else.
       DivergenceError: the loss became NaN or infinite; the checkpoints before it are kept.
+      DataError: an image can't be read; the state is saved.
       InterruptionError: SIGTERM or Ctrl-C; the state is saved.
     """
     workdir = Path(workdir)
     experiment = Experiment(config, device_count)
-    claim(workdir, config)
+    claim(workdir, experiment.config)
     if (workdir / "summary.json").is_file():
         if not quiet:
             print(f"{workdir} holds this run, finished")
@@ -64,6 +65,8 @@ class Progress:
       epoch_sums: loss and accuracy summed over the steps of the epoch under way.
       seconds: wall-clock time spent in training, over all tries.
       timed_examples, timed_seconds: of calls that did not compile.
+      waited_seconds: of `timed_seconds`, those spent waiting for data.
+      skipped: for each split, the indices of records that can't be read and were left out.
     """
 
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -74,6 +77,8 @@ class Progress:
     seconds: float = 0.0
     timed_examples: int = 0
     timed_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    skipped: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
     @property
     def accuracies(self) -> list[float]:
@@ -88,6 +93,8 @@ class _Run:
         self.devices, self.quiet = experiment.devices, quiet
         self.checkpoints = Checkpoints(workdir / "checkpoints")
         state, self.progress = self._start()
+        for split, indices in self.progress.skipped.items():
+            experiment.dataset.skipped[split].update(indices)
         self.step = int(state.step)
         self.state = self.devices.replicate(state)
         self.started = time.monotonic() - self.progress.seconds
@@ -108,24 +115,27 @@ class _Run:
 
     def train(self) -> dict[str, Any]:
         experiment, config, progress = self.experiment, self.config, self.progress
-        split = experiment.replicated_split("train")
+        feed = experiment.train_batches.feed(config.seed, self.step, experiment.total_steps)
         seed = self.devices.replicate(np.uint32(config.seed))
         select = experiment.evaluate(config.eval.select_on)
         probe = experiment.memory_probe()
         calls: dict[int, Callable] = {}
         events = report.Events(self.workdir, self.step)
         reporter = Reporter(experiment.total_steps, self.step, self.quiet)
-        with _signals() as received, events, reporter:
+        with _signals() as received, events, reporter, contextlib.closing(feed):
             while not self._done():
                 left_in_epoch = experiment.epoch_steps - self.step % experiment.epoch_steps
-                length = min(config.train.steps_per_call, left_in_epoch)
+                length = min(experiment.steps_per_call, left_in_epoch)
                 compiled = length in calls
                 if not compiled:
                     calls[length] = experiment.train_call(length)
                 before = time.monotonic()
-                self.state, metrics = calls[length](self.state, split, seed)
+                data = self._data(feed)
+                waited = time.monotonic() - before
+                self.state, metrics = calls[length](self.state, data, seed)
                 metrics = self.devices.fetch(metrics)
                 if compiled:
+                    progress.waited_seconds += waited
                     progress.timed_seconds += time.monotonic() - before
                     progress.timed_examples += length * config.train.batch_size
                 self._check_finite(metrics["loss"], self.step + 1)
@@ -156,6 +166,19 @@ class _Run:
             if not self.quiet:
                 reporter.say(_one_line(summary))
         return summary
+
+    def _data(self, feed: Any) -> Any:
+        try:
+            return feed.at(self.step)
+        except DataError as error:
+            # Saving takes all processes, and the others may be well.
+            if jax.process_count() > 1 or not self.step:
+                raise
+            self._save()
+            self.checkpoints.close()
+            raise DataError(
+                f"{error}; saved at step {self.step}, the same command goes on from there"
+            ) from None
 
     def _done(self) -> bool:
         patience = self.config.train.stop_patience
@@ -214,12 +237,15 @@ class _Run:
 
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self.started
+        self.progress.skipped = {
+            split: sorted(indices) for split, indices in self.experiment.dataset.skipped.items()
+        }
         state = self.devices.fetch(self.state)
         self.checkpoints.save(self.step, state, dataclasses.asdict(self.progress))
         self.saved_at = time.monotonic()
 
     def _write_epoch(self, events: report.Events) -> None:
-        events.write(self.progress.history[-1])
+        events.write(self.progress.history[-1], self._wait_share())
         if jax.process_index() == 0:
             report.write_metrics(self.workdir, self.progress.history)
 
@@ -243,12 +269,18 @@ class _Run:
             report.write_json(self.workdir / "summary.json", summary)
         return summary
 
+    def _wait_share(self) -> float | None:
+        """Returns the share of training time that went into waiting for data."""
+        timed = self.progress.timed_seconds
+        return self.progress.waited_seconds / timed if timed else None
+
     def _summarize(self, best: Any, test: Evaluation) -> dict[str, Any]:
         config, progress = self.config, self.progress
         low, high = test.accuracy_interval()
         row = next(row for row in progress.history if row["step"] == progress.best_step)
         timed = progress.timed_seconds
         rate = round(progress.timed_examples / timed, 1) if timed else None
+        waited = self._wait_share()
         return {
             "name": config.name,
             "arm": config.arm,
@@ -258,6 +290,10 @@ class _Run:
             "test_accuracy_high": high,
             "test_loss": test.loss,
             "test_examples": test.count,
+            "skipped_images": sum(
+                union_size(indices, self.experiment.dataset.records[split])
+                for split, indices in self.experiment.dataset.skipped.items()
+            ),
             "val_accuracy": row["val_accuracy"],
             "val_loss": row["val_loss"],
             "selected_on": config.eval.select_on,
@@ -269,12 +305,13 @@ class _Run:
             "memory_floats": 0 if config.memory is None else math.prod(config.memory.shape),
             "train_seconds": round(progress.seconds, 3),
             "examples_per_second": rate,
+            "data_wait_share": None if waited is None else round(waited, 4),
             "device": f"{self.devices.count} x {jax.devices()[0].device_kind}",
             "versions": versions(),
         }
 
 
-@contextmanager
+@contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """Yields a list that a first SIGTERM or Ctrl-C is put on; a second one acts as usual."""
     received: list[int] = []

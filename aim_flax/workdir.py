@@ -14,6 +14,9 @@ from aim_flax import report
 from aim_flax.config import differing_keys, flatten, to_json
 from aim_flax.errors import UsageError
 
+# What a run may go on with changed, its results the same.
+_NOT_OF_THE_RUN = ("data.dir", "data.threads")
+
 
 def default_workdir(config: ConfigDict) -> Path:
     return Path("runs") / f"{config.name}-{config.arm}-{config.seed}"
@@ -48,7 +51,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     saved = workdir / "config.json"
     if saved.is_file():
         other = ConfigDict(read_json(saved))
-        differing = differing_keys(other, config)
+        differing = [k for k in differing_keys(other, config) if k not in _NOT_OF_THE_RUN]
         if differing:
             old, new = flatten(other), flatten(config)
             changes = (f"{k} ({old.get(k)!r} there, {new.get(k)!r} here)" for k in differing)

@@ -22,6 +22,13 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 SMALLER = {
     "digits_mlp": ["model.features=(16,16)"],
     "stanford_dogs_resnet50": ["model.stage_sizes=(2,1,1,1)", "model.width=4"],
+    "cifar10_resnet": ["model.stage_sizes=(2,1,1,1)", "model.width=4"],
+    "cifar10_vgg16": ["model.widths=(4,4,8,8,8)", "model.dense_sizes=(16,16)"],
+    "image_folder_resnet50": [
+        "model.stage_sizes=(2,1,1,1)",
+        "model.width=4",
+        "model.num_classes=5",
+    ],
     "stanford_dogs_vgg16": ["model.widths=(4,4,8,8,8)", "model.dense_sizes=(16,16)"],
 }
 MEMORY = {"digits_mlp": "(8,)"}
@@ -73,7 +80,8 @@ def test_augmentation_is_the_same_on_any_number_of_devices(count):
     for e in (experiment, plain):
         state = e.devices.replicate(e.initial_state())
         seed = e.devices.replicate(np.uint32(0))
-        _, metrics = e.train_call(5)(state, e.replicated_split("train"), seed)
+        data = e.train_batches.feed(0, 0, 5).at(0)
+        _, metrics = e.train_call(5)(state, data, seed)
         losses.append(e.devices.fetch(metrics)["loss"])
     assert np.abs(losses[0] - losses[1]).min() > 1e-4
     reference = LOSSES.setdefault("augmented", losses[0])

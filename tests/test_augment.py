@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aim_flax.data import augment_host
 from aim_flax.data.augment import augment, check_options, warp
 from aim_flax.errors import UsageError
 
@@ -98,3 +99,88 @@ def test_nothing_asked_nothing_done():
 def test_unknown_option_is_told():
     with pytest.raises(UsageError, match="augment.rotatoin is no option .did you mean 'rotation'"):
         check_options({"rotatoin": 0.1})
+
+
+def test_shift_moves_whole_pixels_and_reflects():
+    image = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(6, 5, 3)
+    images = np.broadcast_to(image, (300, 6, 5, 3))
+    changed = np.asarray(augment(images, KEY, 0, {"shift": 2, "flip_horizontal": True}))
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="symmetric")
+    forms = {}
+    for down in range(5):
+        for right in range(5):
+            moved = padded[down : down + 6, right : right + 5]
+            for form in (moved, moved[:, ::-1]):
+                forms[form.tobytes()] = 0
+    for one in changed:
+        forms[one.astype(np.uint8).tobytes()] += 1
+    assert len(forms) == 50
+    assert sum(forms.values()) == 300
+    assert min(forms.values()) >= 1
+
+
+def test_crop_shows_a_part_of_at_least_the_share():
+    """On a ramp the differences between neighbours tell the crop's height and width."""
+    rows, columns = np.meshgrid(np.arange(32.0), np.arange(32.0), indexing="ij")
+    ramps = np.stack([rows, columns], axis=-1).astype(np.float32)
+    images = np.broadcast_to(ramps, (100, *ramps.shape))
+    changed = np.asarray(augment(images, KEY, 0, {"crop": 0.3}))
+    heights = (changed[:, 20, 16, 0] - changed[:, 10, 16, 0]) / 10
+    widths = (changed[:, 16, 20, 1] - changed[:, 16, 10, 1]) / 10
+    assert (heights <= 1.0001).all()
+    assert (widths <= 1.0001).all()
+    areas, aspects = heights * widths, widths / heights
+    assert 0.29 < areas.min() < 0.4
+    assert areas.max() > 0.85
+    assert 0.7 < aspects.min() < 0.85
+    assert 1.2 < aspects.max() < 1.4
+    centres = changed[:, 15:17, 15:17].mean(axis=(1, 2))
+    assert (np.abs(centres - 15.5) <= 15.6 * (1 - np.stack([heights, widths], -1)) + 0.1).all()
+
+
+def photograph() -> np.ndarray:
+    rows, columns = np.meshgrid(np.linspace(0, 3, 20), np.linspace(0, 2, 17), indexing="ij")
+    waves = [np.sin(rows + i) * np.cos(columns * i) for i in range(3)]
+    return (127 + 120 * np.stack(waves, -1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("angle", "shift"), [(0.4, (0, 0)), (0.0, (2.3, -1.6)), (-0.8, (1.25, 4.0)), (0.0, (3, -2))]
+)
+def test_host_warps_as_the_device_does(angle, shift):
+    image = photograph()
+    expected = np.asarray(warp(image.astype(np.float32), angle, shift))
+    found = augment_host.warp(image, angle, shift).astype(np.float32)
+    # OpenCV places pixels to 1/32, and rounds.
+    assert np.abs(found - expected).max() <= 2.5
+
+
+def test_host_draws_within_the_limits():
+    options = {"crop": 0.3, "rotation": 0.1, "translation": 0.2, "shift": 3, "flip_vertical": True}
+    changes = [augment_host.draw(np.random.default_rng(i), options) for i in range(400)]
+    regions = np.array([change.region for change in changes])
+    assert (regions[:, :2] >= 0).all()
+    assert (regions[:, :2] + regions[:, 2:] <= 1 + 1e-9).all()
+    areas = regions[:, 2] * regions[:, 3]
+    assert 0.28 < areas.min() < 0.33
+    angles = np.array([change.angle for change in changes]) / (2 * np.pi)
+    assert 0.095 < np.abs(angles).max() <= 0.1
+    assert 0.19 < np.abs([change.shift for change in changes]).max() <= 0.2
+    assert {pixel for change in changes for pixel in change.pixels} == set(range(-3, 4))
+    assert {change.flips for change in changes} == {(), (0,)}
+    assert 150 < sum(change.flips == (0,) for change in changes) < 250
+
+
+def test_host_does_nothing_unasked():
+    image = photograph()
+    change = augment_host.draw(np.random.default_rng(0), {"rotation": 0.0, "contrast": 0.1})
+    np.testing.assert_array_equal(augment_host.apply(image, change), image)
+    both = augment_host.Change((0, 0, 1, 1), 0.0, (0, 0), (2, -1), (0, 1))
+    padded = np.pad(image, ((2, 0), (0, 1), (0, 0)), mode="symmetric")[:20, 1:]
+    np.testing.assert_array_equal(augment_host.apply(image, both), padded[::-1, ::-1])
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_crop_out_of_range_is_told(share):
+    with pytest.raises(UsageError, match=r"augment.crop is .*, expected a share from 0 to 1"):
+        check_options({"crop": share})

@@ -61,6 +61,23 @@ COUNTS = {
         + 50_176,
         50_176 + 4 * 128,
     ),
+    # Bottleneck blocks without biases, stages of width 64 to 512; a memory of 4·4·256 has 4, 16,
+    # 64 and 256 channels on their maps of 32, 16, 8 and 4 pixels. Reads of conv1: 4·64 + 4·64 +
+    # 4·128 + 16·128 + 16·256 + 64·256 + 64·512 + 256·512 = 187,392, for a first block has the map
+    # of the stage before; updates on 256, 512 and 1,024 channels and the memory's: 316,800.
+    "cifar10_resnet:control": (13_958_986, 30_848),
+    "cifar10_resnet:aim_no_update": (13_958_986 + 187_392 + 4_096, 30_848),
+    "cifar10_resnet:aim": (13_958_986 + 187_392 + 4_096 + 316_800, 30_848 + 3 * 128),
+    # torchvision's vgg16_bn without its classifier: 14,723,136. Batch norm after flattening 1,024,
+    # dense layers 2·(512·512 + 512), head 5,130.
+    "cifar10_vgg16:control": (14_723_136 + 1_024 + 525_312 + 5_130, 9_472),
+    "cifar10_vgg16:aim_no_update": (15_254_602 + 18_443_264 + 4_096, 9_472),
+    "cifar10_vgg16:aim": (15_254_602 + 18_443_264 + 4_096 + 396_288, 9_472 + 4 * 128),
+    # torchvision's resnet50, 25,557,032 with 1,000 classes, for 81 classes; reads and updates as in
+    # stanford_dogs_resnet50:aim_stride2.
+    "image_folder_resnet50:control": (25_557_032 - 2_049 * (1_000 - 81), 53_120),
+    "image_folder_resnet50:aim_no_update": (23_674_001 + 4 * 388_352 + 50_176, 53_120),
+    "image_folder_resnet50:aim": (23_674_001 + 4 * 388_352 + 50_176 + 429_120, 53_504),
 }
 
 
@@ -79,7 +96,10 @@ def test_every_arm_has_a_count():
 @pytest.mark.parametrize("arm", arms())
 def test_counts(arm):
     name, _, word = arm.partition(":")
-    text = describe(configs.load(f"{CONFIGS / name}.py:{word}"))
+    config = configs.load(f"{CONFIGS / name}.py:{word}")
+    if config.model.num_classes is None:
+        config = configs.override(config, ["model.num_classes=81"])
+    text = describe(config)
     (total,) = [line.split() for line in text.splitlines() if line.startswith("total")]
     assert tuple(int(n.replace(",", "")) for n in total[1:]) == COUNTS[arm]
     assert f"parameters + running statistics: {sum(COUNTS[arm]):,}" in text

@@ -11,7 +11,7 @@ from flax import linen as nn
 from aim_flax import AiM, Memory, report, restoring, training
 from aim_flax import config as configs
 from aim_flax.data.digits import load_digits
-from aim_flax.data.in_memory import Split
+from aim_flax.data.in_memory import EvalBatches, Split
 from aim_flax.errors import UsageError
 from aim_flax.evaluation import Evaluation, build_evaluate, memory_use
 from aim_flax.parallel import Devices
@@ -39,8 +39,8 @@ def split(count: int) -> Split:
 @pytest.mark.parametrize(("count", "batch_size", "devices"), [(37, 8, 1), (37, 10, 8), (5, 64, 8)])
 def test_padding_is_not_counted(kind, count, batch_size, devices):
     examples, devices = split(count), Devices(kind, devices)
-    data = devices.replicate((examples.images, examples.labels))
-    evaluate = build_evaluate(Mean(), devices, data, batch_size, count, 3, 255.0)
+    batches = EvalBatches(examples, devices, batch_size, 255.0)
+    evaluate = build_evaluate(Mean(), devices, batches, 3)
     evaluation = evaluate(devices.replicate({}))
 
     means = (examples.images.astype(np.float32) / 255).mean(axis=(1, 2, 3))

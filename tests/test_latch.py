@@ -781,7 +781,7 @@ LATCHES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "read_mode": (
         dict(read_mode="adds"),
-        r"read_mode is 'adds', expected one of concat, add \(did you mean 'add'\?\)$",
+        r"read_mode is 'adds', expected one of concat, add, scale \(did you mean 'add'\?\)$",
     ),
     "carry": (
         dict(carry="stat", update_after="conv"),
@@ -789,7 +789,8 @@ LATCHES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "zero_init with concat": (
         dict(zero_init=True),
-        "zero_init needs read_mode 'add': in 'concat' the memory has no kernel of its own$",
+        "zero_init needs read_mode 'add' or 'scale': in 'concat' the memory has no kernel of its "
+        "own$",
     ),
     "carry without update": (
         dict(carry="state"),
@@ -801,6 +802,10 @@ LATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "a bad regular expression": (
         dict(read="conv("),
         r"'conv\(' is no regular expression: missing \), unterminated subpattern at position 4$",
+    ),
+    "an update block's mode": (
+        dict(update_after="conv", update=MemoryUpdate(mode="gate")),
+        "the update block's mode is 'gate', expected one of replace, residual, gated .*'gated'",
     ),
     "a bad memory": (dict(memory=Memory((2, 2))), r"a conv memory has shape \(R, K, D\)"),
 }

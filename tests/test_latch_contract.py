@@ -19,6 +19,12 @@ from aim_flax.errors import UsageError
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 DOC = Path(__file__).parent.parent / "docs" / "latch.md"
+OTHER_FILES = (
+    "test_latch.py",
+    "test_memory_variants.py",
+    "test_interventions.py",
+    "test_schedules.py",
+)
 KEY = jax.random.key(0)
 D = 3  # floats of the memory in most tests
 
@@ -38,7 +44,7 @@ def test_every_statement_names_a_test_that_exists():
     assert numbers == list(range(1, len(numbers) + 1))
     assert len(numbers) > 30
     files = {name: (DOC.parent.parent / "tests" / name).read_text(encoding="utf-8")
-             for name in ("test_latch.py", "test_latch_contract.py")}  # fmt: skip
+             for name in (*OTHER_FILES, "test_latch_contract.py")}  # fmt: skip
     named = set()
     for number, text in statements():
         (file, test) = re.search(r"\(`(?:(\w+\.py)::)?(test_\w+)`\)\s*\Z", text).groups()
@@ -175,12 +181,13 @@ def test_memory_is_one_per_batch_until_it_is_written():
     assert f"f32[1,{D}] = dot_general" in program
 
 
-def test_add_keeps_the_backbones_variables():
+@pytest.mark.parametrize("mode", ["add", "scale"])
+def test_add_keeps_the_backbones_variables(mode):
     x = draw(5, 4)
 
     @jax.jit
     def initial():
-        plain, latched = Net().init(KEY, x), latched_net().init(KEY, x)
+        plain, latched = (net.init(KEY, x) for net in (Net(), latched_net(read_mode=mode)))
         latched = {name: flatten_dict(latched[name]) for name in plain}
         plain = {name: flatten_dict(tree) for name, tree in plain.items()}
         return plain, {name: {p: latched[name][p] for p in plain[name]} for name in plain}
@@ -214,11 +221,12 @@ def test_concat_widens_the_kernels_of_reading_layers_and_nothing_else():
     )
 
 
-def test_zero_init_starts_out_as_the_plain_network():
+@pytest.mark.parametrize("mode", ["add", "scale"])
+def test_zero_init_starts_out_as_the_plain_network(mode):
     # As users compile it: with all optimisations.
     jax.config.update("jax_disable_most_optimizations", False)
     x = draw(5, 4)
-    aim = latched_net(zero_init=True)
+    aim = latched_net(read_mode=mode, zero_init=True)
     own = random_variables(Net(), x)
     variables = random_variables(aim, x)
 

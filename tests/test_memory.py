@@ -136,6 +136,10 @@ def test_fit_keeps_the_dtype_and_the_examples_apart(dtype, size):
         ("dense", (16,), 1, 16 * 16 + 16),
         ("direct", (7, 7, 1024), 1, 50176),
         ("direct", (16,), 1, 16),
+        ("noise", (7, 7, 8), 1, 0),
+        ("noise", (16,), 1, 0),
+        ("zero", (7, 7, 8), 1, 0),
+        ("zero", (16,), 1, 0),
     ],
 )
 def test_memory_has_this_shape_and_so_many_parameters(kind, shape, kernel_size, parameters):
@@ -206,6 +210,8 @@ def test_distinct_values_of_the_published_memory_and_of_the_other_kinds():
     assert distinct_values((7, 7, 1024), "conv", 7) == 50176
     assert distinct_values((16,), "dense") == 16
     assert distinct_values((7, 7, 1024), "direct") == 50176
+    assert distinct_values((7, 7, 8), "noise") == 392
+    assert distinct_values((7, 7, 8), "zero") == 1
 
 
 @pytest.mark.parametrize(
@@ -221,7 +227,11 @@ def test_distinct_values_of_the_published_memory_and_of_the_other_kinds():
         ((), "direct", r"not \(\)"),
         ((7, 7, 8), "dense", r"a dense memory has shape \(D,\), each at least 1, not \(7, 7, 8\)"),
         ((0,), "dense", r"not \(0,\)"),
-        ((7,), "dens", r"expected one of conv, dense, direct \(did you mean 'dense'\?\)"),
+        (
+            (7,),
+            "dens",
+            r"expected one of conv, dense, direct, noise, zero \(did you mean 'dense'\?\)",
+        ),
     ],
 )
 def test_bad_shapes_and_kinds_are_told_in_one_line(shape, kind, message):

@@ -11,7 +11,7 @@ from scipy.stats import ttest_rel
 
 from aim_flax import cli, table
 from aim_flax.errors import UsageError
-from aim_flax.report import write_json
+from aim_flax.report import write_csv, write_json
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -51,51 +51,109 @@ def test_links_lead_to_files():
         assert (ROOT / link).exists(), link
 
 
-def runs(tmp_path, accuracies):
-    for arm, seed, accuracy in accuracies:
+def run(tmp_path, arm, seed, accuracy=None):
+    """The workdir of a run: finished where there is an accuracy, else only begun."""
+    workdir = tmp_path / f"{arm}{seed}"
+    workdir.mkdir()
+    write_json(workdir / "config.json", {"name": "x", "arm": arm, "seed": seed})
+    if accuracy is not None:
         summary = dict.fromkeys(table.COLUMNS, 0)
         summary |= {"name": "x", "arm": arm, "seed": seed, "test_accuracy": accuracy, "params": 9}
-        (tmp_path / f"{arm}{seed}").mkdir()
-        write_json(tmp_path / f"{arm}{seed}" / "summary.json", summary)
-    return sorted(tmp_path.iterdir())
+        summary.pop("status")
+        write_json(workdir / "summary.json", summary)
+    return workdir
 
 
 def test_table_of_runs(tmp_path, capsys):
-    workdirs = runs(tmp_path, [("a", 0, 0.5), ("a", 1, 0.6), ("b", 0, 0.25)])
+    for seed, accuracy in enumerate((0.5, 0.6)):
+        run(tmp_path, "a", seed, accuracy)
+    run(tmp_path, "b", 0, 0.25)
     file = tmp_path / "out.csv"
-    table.main([*map(str, workdirs), "--csv", str(file)])
+    table.main([*map(str, sorted(tmp_path.iterdir())), "--csv", str(file)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2:] == ["| `a` | 2 | 9 | 55.00 ± 7.07 % |", "| `b` | 1 | 9 | 25.00 % |"]
-    assert len(file.read_text().splitlines()) == 4
+    # Of two values the interval is t(0.975, 1) = 12.7062 standard errors, each of 5 points.
+    assert lines[2:] == [
+        "| `a` | 2 | 9 | 55.00 ± 7.07 % (-8.53 to 118.53) |",
+        "| `b` | 1 | 9 | 25.00 % |",
+    ]
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert [(row["arm"], row["status"], row["test_accuracy"]) for row in rows] == [
+        ("a", "finished", "0.5"),
+        ("a", "finished", "0.6"),
+        ("b", "finished", "0.25"),
+    ]
 
 
-def test_comparison_is_paired_by_seed_and_corrected(tmp_path):
+def test_comparison_is_paired_by_seed_and_corrected():
     rng = np.random.default_rng(0)
     accuracies = {arm: rng.uniform(0.4, 0.6, 6) for arm in ("plain", "a", "b")}
-    accuracies["b"] = accuracies["plain"] + 0.1 + 0.001 * np.arange(6)
+    accuracies["b"] = accuracies["plain"] + 0.1 + 0.01 * rng.normal(size=6)
     rows = [
         {"arm": arm, "seed": seed, "test_accuracy": value, "params": 9}
         for arm, values in accuracies.items()
         for seed, value in reversed(list(enumerate(values)))
     ]
+    # The one run of an arm has a partner, but no test.
+    rows.append(rows[0] | {"arm": "c", "test_accuracy": float(rows[0]["test_accuracy"]) - 0.25})
     cells = {
         line.split("|")[1].strip(): line for line in table.arm_table(rows, "plain").split("\n")
     }
     for arm, times in (("a", 1), ("b", 2)):
-        test = ttest_rel(100 * accuracies[arm], 100 * accuracies["plain"])
+        test = ttest_rel(accuracies[arm], accuracies["plain"])
         low, high = test.confidence_interval(0.95)
-        difference = 100 * (accuracies[arm] - accuracies["plain"]).mean()
-        assert f"{difference:+.2f} ({low:+.2f} to {high:+.2f})" in cells[f"`{arm}`"]
-        assert cells[f"`{arm}`"].endswith(f" {min(1, times * test.pvalue):.2f} |")
+        differences = accuracies[arm] - accuracies["plain"]
+        effect = differences.mean() / differences.std(ddof=1)
+        ps = [
+            "< 0.001" if p < 0.001 else f"{p:.3f}"
+            for p in (test.pvalue, min(1, times * test.pvalue))
+        ]
+        assert cells[f"`{arm}`"].endswith(
+            f" | 6 | {100 * differences.mean():+.2f} ({100 * low:+.2f} to {100 * high:+.2f}) |"
+            f" {ps[0]} | {ps[1]} | {effect:+.2f} |"
+        )
+    assert cells["`c`"].endswith(" | 1 | -25.00 (no interval) | no test | no test | none |")
+    assert cells["`plain`"].endswith(") |  |  |  |  |  |")
     with pytest.raises(UsageError, match="--reference is 'plane', .*did you mean 'plain'"):
         table.arm_table(rows, "plane")
-    with pytest.raises(UsageError, match="c and plain have fewer than two seeds in common"):
-        table.arm_table([*rows, rows[0] | {"arm": "c"}], "plain")
+    with pytest.raises(UsageError, match="two runs are of arm a and seed 3"):
+        table.arm_table([*rows, {"arm": "a", "seed": 3, "test_accuracy": 0.5, "params": 9}])
 
 
-def test_unfinished_run_is_told(tmp_path):
+def test_runs_without_a_result_are_counted_and_named(tmp_path):
+    for seed, accuracy in enumerate((0.5, 0.625, None, None)):
+        run(tmp_path, "a", seed, accuracy)
+    table.mark_diverged(tmp_path / "a2", step=17)
+    run(tmp_path, "b", 0)
+    rows = table.read_runs(sorted(tmp_path.iterdir()))
+    assert [row["status"] for row in rows] == [
+        "finished",
+        "finished",
+        "diverged at step 17",
+        "unfinished",
+        "unfinished",
+    ]
+    assert all(tuple(row) == table.COLUMNS for row in rows)
+    lines = table.arm_table(rows, "a").splitlines()
+    assert lines[2].startswith("| `a` | 2 of 4; 1 diverged, 1 unfinished | 9 | 56.25 ± 8.84 % (")
+    assert lines[3] == "| `b` | 0 of 1; 1 unfinished |  |  | 0 | none | no test | no test | none |"
+    assert lines[5].endswith(
+        "Without a result: `a` seed 2 (diverged at step 17), `a` seed 3 (unfinished),"
+        " `b` seed 0 (unfinished)."
+    )
+    # As CSV keeps them, where what is None is "".
+    write_csv(tmp_path / "rows.csv", table.COLUMNS, rows)
+    with (tmp_path / "rows.csv").open() as file:
+        assert table.arm_table(list(csv.DictReader(file)), "a").splitlines() == lines
+
+
+def test_what_is_no_run_is_told(tmp_path):
+    with pytest.raises(UsageError, match="not found: .* is no run's workdir"):
+        table.read_runs([tmp_path])
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="the run is not finished"):
+    with pytest.raises(UsageError, match="is no run's config: it has no name"):
+        table.read_runs([tmp_path])
+    (tmp_path / "summary.json").write_text('{"name": "x"}')
+    with pytest.raises(UsageError, match="summary.json has no arm, seed, test_accuracy"):
         table.read_runs([tmp_path])
 
 

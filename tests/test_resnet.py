@@ -107,9 +107,25 @@ def test_cifar_stem_keeps_the_size():
     assert jax.eval_shape(stem, images).shape == (1, 32, 31, 8)
 
 
+def test_width_of_each_stage():
+    number, one_each = (ResNet(10, (1, 2), width) for width in (8, (8, 16)))
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, shapes_of(n, 32)) for n in (number, one_each)]
+    assert shapes[0] == shapes[1]
+    params = shapes_of(ResNet(10, (1, 2), (5, 7)), 32)["params"]
+    assert params["stem"]["conv"]["kernel"].shape == (7, 7, 3, 5)
+    assert params["stage1_block1"]["conv3"]["kernel"].shape == (1, 1, 5, 20)
+    assert params["stage2_block1"]["conv1"]["kernel"].shape == (1, 1, 20, 7)
+    assert params["stage2_block2"]["conv3"]["kernel"].shape == (1, 1, 7, 28)
+    assert params["head"]["kernel"].shape == (28, 10)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            dict(width=(8, 16)),
+            "width is (8, 16), expected a number or one for each of 4 stages",
+        ),
         (
             dict(stem="imagenett"),
             "stem is 'imagenett', expected one of imagenet, cifar (did you mean 'imagenet'?)",

@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -67,7 +68,8 @@ def test_selection_takes_the_lowest_loss_of_equal_accuracies():
 
 
 def config(**changes) -> ConfigDict:
-    values = {
+    values: dict = {
+        "memory": {"kind": "dense"},
         "optimizer": {"name": "sgd", "learning_rate": 0.5, "momentum": None, "weight_decay": None},
         "schedule": {"name": "constant", "warmup_epochs": 0.0},
         "train": {"epochs": 10},
@@ -102,6 +104,10 @@ def test_cosine_schedule_goes_to_zero_at_the_end():
             {"optimizer__name": "adam", "optimizer__momentum": 0.9},
             "optimizer.momentum is set, but adam takes no momentum",
         ),
+        ({"memory__learning_rate_scale": -0.5}, "scale is -0.5, expected a number of at least 0"),
+        ({"memory__learning_rate_scale": float("nan")}, "scale is nan, expected a number"),
+        ({"memory__learning_rate_scale": "0.5"}, "scale is '0.5', expected a number"),
+        ({"memory__learning_rate_scale": None}, "scale is None, expected a number"),
     ],
 )
 def test_wrong_options_are_named(changes, message):
@@ -130,3 +136,67 @@ def test_optimizers_are_optax_with_these_options(changes, reference):
         update, ours = built.update(gradients, ours, params)
         expected, theirs = reference.update(gradients, theirs, params)
         np.testing.assert_allclose(update["w"], expected["w"], rtol=1e-6)
+
+
+def steps(optimizer, params):
+    """Returns the parameters after three steps."""
+    state = optimizer.init(params)
+    for step in range(3):
+        gradients = jax.tree.map(lambda p, step=step: jnp.cos(p + step), params)
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+LATCHED = {
+    "memory": {"dense": {"kernel": np.float32([[1.0, -2.0]])}},
+    "memory_initial": {"dense": {"kernel": np.float32([[0.5, 3.0]])}},
+    "layer": {
+        "kernel": np.float32([[2.0, -1.0]]),
+        "memory_read": {"kernel": np.float32([[-0.3]])},
+        "memory_update": {"dense1": {"kernel": np.float32([[1.2]])}},
+    },
+}
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.25, 3.0])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"optimizer__name": "adamw", "optimizer__weight_decay": 0.1},
+        {"optimizer__momentum": 0.9},
+    ],
+    ids=["adamw", "sgd"],
+)
+def test_learning_rate_scale_is_that_of_the_memories_alone(optimizer, scale):
+    build = [
+        build_optimizer(config(**optimizer, **changes), optax.constant_schedule(0.5))
+        for changes in ({}, {"memory__learning_rate_scale": scale})
+    ]
+    plain, scaled = (steps(transformation, LATCHED) for transformation in build)
+    jax.tree.map(np.testing.assert_array_equal, scaled["layer"], plain["layer"])
+    for name in ("memory", "memory_initial"):
+        before, after, usual = (tree[name]["dense"]["kernel"] for tree in (LATCHED, scaled, plain))
+        assert not np.array_equal(before, usual)
+        if scale == 0:
+            np.testing.assert_array_equal(after, before)
+            continue
+        # The first step is that of the usual optimiser, times the scale, weight decay included.
+        first = [
+            b.update(jax.tree.map(jnp.cos, LATCHED), b.init(LATCHED), LATCHED)[0] for b in build
+        ]
+        usual, after = (tree[name]["dense"]["kernel"] for tree in first)
+        np.testing.assert_allclose(after, scale * usual, rtol=1e-6)
+
+
+def test_a_learning_rate_scale_of_one_leaves_the_optimizer_as_it_is():
+    changes = {"optimizer__name": "adamw", "optimizer__weight_decay": 0.1}
+    configs = [config(**changes), config(**changes, memory__learning_rate_scale=1.0)]
+    without = config(**changes)
+    without.memory = None
+    states = [
+        build_optimizer(c, optax.constant_schedule(0.5)).init(LATCHED) for c in (*configs, without)
+    ]
+    reference = optax.adamw(optax.constant_schedule(0.5), weight_decay=0.1)
+    expected = jax.tree.structure(reference.init(LATCHED))
+    assert [jax.tree.structure(state) for state in states] == [expected] * 3

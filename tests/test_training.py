@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs" / "digits_mlp.py")
 SMALL = ("model.features=(16,16)", "memory.shape=(8,)", "memory.update_block.features=(4,)")
-TIMINGS = ("train_seconds", "examples_per_second")
+TIMINGS = ("train_seconds", "examples_per_second", "data_wait_share")
 
 
 def digits(arm: str = "aim", *assignments: str) -> ConfigDict:
@@ -179,11 +179,11 @@ LOSSES: dict[tuple, np.ndarray] = {}
 def test_devices_and_their_mapping_make_no_difference(kind, count):
     experiment = Experiment(digits("aim_state", f"parallel={kind}", "train.epochs=2"), count)
     state = experiment.devices.replicate(experiment.initial_state())
-    split = experiment.replicated_split("train")
+    feed = experiment.train_batches.feed(0, 0, 20)
     seed = experiment.devices.replicate(np.uint32(0))
     losses = []
-    for length in (19, 1):  # The 20 steps go over the end of an epoch.
-        state, metrics = experiment.train_call(length)(state, split, seed)
+    for step, length in ((0, 19), (19, 1)):  # The 20 steps go over the end of an epoch.
+        state, metrics = experiment.train_call(length)(state, feed.at(step), seed)
         losses.append(experiment.devices.fetch(metrics)["loss"])
     losses = np.concatenate(losses)
     assert losses.shape == (20,)
@@ -205,7 +205,7 @@ def test_calls_of_any_length_give_the_same_run(tmp_path, finished):
 
 
 def test_epochs_visit_each_example_at_most_once_in_an_order_of_their_own():
-    from aim_flax.data.in_memory import epoch_order
+    from aim_flax.data.order import epoch_order
     from aim_flax.steps import data_key
 
     orders = [

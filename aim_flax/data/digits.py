@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from aim_flax.data.in_memory import Dataset, Split
+from aim_flax.data.in_memory import InMemory, Split
 
 # Which scan belongs to which split never depends on a run's seed, so that runs compare.
 _SPLIT_SEED = 0
 _TEST_SIZE, _VAL_SIZE = 360, 180
 
 
-def load_digits() -> Dataset:
+def load_digits() -> InMemory:
     """Returns 1,797 scans of 8x8 pixels, values 0 to 16, stratified 1,257 / 180 / 360.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits (UCI, 1998), the
@@ -31,4 +31,4 @@ def load_digits() -> Dataset:
         name: Split(images[indices], labels[indices])
         for name, indices in (("train", train), ("val", val), ("test", test))
     }
-    return Dataset(tuple(str(c) for c in digits.target_names), splits)
+    return InMemory(tuple(str(c) for c in digits.target_names), splits)

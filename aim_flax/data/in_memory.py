@@ -1,11 +1,18 @@
 """Datasets whose pixels live on the device; batches are gathered inside the compiled step."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from aim_flax.data.augment import augment
+from aim_flax.data.order import epoch_order, steps_per_epoch
+from aim_flax.parallel import AXIS, Devices
+from aim_flax.steps import augment_key, data_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,31 +27,148 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
+class InMemory:
     """Named splits of labelled images.
 
     Attributes:
       classes: class names; a label is an index into them.
       splits: "train", "val" and "test".
+      skipped: for each split, the indices of records that can't be read and were left out.
     """
 
     classes: tuple[str, ...]
     splits: Mapping[str, Split]
+    skipped: Mapping[str, set[int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: len(split) for name, split in self.splits.items()}
+
+    @property
+    def records(self) -> dict[str, int]:
+        """The sizes before any image was left out."""
+        return {name: size + len(self.skipped.get(name, ())) for name, size in self.sizes.items()}
+
+    def first_images(self, split: str, count: int) -> np.ndarray:
+        """Returns the first images of a split, (at most count, H, W, C) uint8."""
+        return self.splits[split].images[:count]
+
+    def train_batches(
+        self,
+        devices: Devices,
+        batch_size: int,
+        scale: float,
+        augmentation: Mapping[str, Any] | None,
+    ) -> "TrainBatches":
+        return TrainBatches(self.splits["train"], devices, batch_size, scale, augmentation)
+
+    def eval_batches(
+        self, devices: Devices, split: str, batch_size: int, scale: float
+    ) -> "EvalBatches":
+        return EvalBatches(self.splits[split], devices, batch_size, scale)
 
 
-def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Returns the number of whole batches; what is left over differs from epoch to epoch."""
-    return num_examples // batch_size
+class TrainBatches:
+    """The training split's batches, a function of (seed, step).
+
+    Attributes:
+      sharded: whether what `feed` has is each device's own part of the batches.
+      steps_per_call: how many steps what `feed` has for one is good for; None: its epoch's.
+    """
+
+    sharded = False
+    steps_per_call = None
+
+    def __init__(
+        self,
+        split: Split,
+        devices: Devices,
+        batch_size: int,
+        scale: float,
+        augmentation: Mapping[str, Any] | None,
+    ):
+        self._split, self._devices = split, devices
+        self._batch_size, self._local = batch_size, batch_size // devices.count
+        self._scale, self._augmentation = scale, augmentation
+
+    def feed(self, seed: int, start: int, stop: int) -> "Feed":
+        """Returns the data of the steps from `start` until before `stop`."""
+        return Feed(self._devices, self._split, self._batch_size, seed)
+
+    def on_device(self, data: Any, seed: jax.Array, step: jax.Array) -> Callable:
+        """Returns step -> this device's (images float32, labels), for `step` and those after it in
+        its epoch.
+
+        Args:
+          data: what `feed` has for `step`, in a mapped function.
+        """
+        images, labels, order = data
+        epoch_steps = steps_per_epoch(len(labels), self._batch_size)
+        first = jax.lax.axis_index(AXIS) * self._local
+
+        def batch(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+            start = step % epoch_steps * self._batch_size + first
+            indices = jax.lax.dynamic_slice_in_dim(order, start, self._local)
+            batch_images = images[indices]
+            if self._augmentation is not None:
+                key = augment_key(seed, step)
+                batch_images = augment(batch_images, key, first, self._augmentation)
+            return batch_images.astype(jnp.float32) / self._scale, labels[indices]
+
+        return batch
 
 
-def epoch_order(key: jax.Array, epoch: jax.Array, num_examples: int) -> jax.Array:
-    """Returns the order, (num_examples,) int32, in which an epoch visits the training split."""
-    return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
+class Feed:
+    """The training split on the devices, with the order of an epoch."""
+
+    def __init__(self, devices: Devices, split: Split, batch_size: int, seed: int):
+        self._devices = devices
+        self._data = devices.replicate((split.images, split.labels))
+        self._epoch_steps = steps_per_epoch(len(split), batch_size)
+        self._epoch = None
+        # Not within the training step: sorting 50,000 keys takes a CPU longer than a small step.
+        self._order_of = jax.jit(partial(epoch_order, data_key(seed), num_examples=len(split)))
+
+    def at(self, step: int) -> Any:
+        """Returns what `on_device` takes for this step, and those after it in its epoch."""
+        epoch = step // self._epoch_steps
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = self._devices.replicate(self._order_of(epoch))
+        return (*self._data, self._order)
+
+    def close(self) -> None:
+        """Nothing to end; a streamed feed has threads."""
 
 
-def gather(
-    split: tuple[jax.Array, jax.Array], indices: jax.Array, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """Returns images (B, H, W, C) float32, pixels divided by `scale`, and labels (B,) int32."""
-    images, labels = split
-    return images[indices].astype(jnp.float32) / scale, labels[indices]
+class EvalBatches:
+    """All batches of a split, in its order, the last one filled up.
+
+    Attributes:
+      sharded: whether what iteration yields is each device's own part of a batch.
+      examples: number of images in the split.
+    """
+
+    sharded = False
+
+    def __init__(self, split: Split, devices: Devices, batch_size: int, scale: float):
+        """`batch_size` is over all devices, and rounded up to a multiple of their number."""
+        self._local = -(-batch_size // devices.count)
+        self.examples, self._scale = len(split), scale
+        data = devices.replicate((split.images, split.labels))
+        starts = range(0, len(split), self._local * devices.count)
+        self._data = [(*data, devices.replicate(np.int32(start))) for start in starts]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields what `on_device` takes, a batch at a time."""
+        return iter(self._data)
+
+    def on_device(self, data: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Returns this device's images float32, labels, and two (B,) bool: which of them count,
+        and which stand for images that were left out."""
+        images, labels, start = data
+        indices = start + jax.lax.axis_index(AXIS) * self._local + jnp.arange(self._local)
+        counted = indices < self.examples
+        indices %= self.examples
+        images = images[indices].astype(jnp.float32) / self._scale
+        return images, labels[indices], counted, jnp.zeros_like(counted)

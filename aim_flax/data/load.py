@@ -1,27 +1,131 @@
-"""From a config to the dataset it names."""
+"""From a config to the dataset it names.
 
+Imports what a dataset needs when it is named: OpenCV, Grain and TFDS take seconds, which
+the embedded digits don't need.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
 from ml_collections import ConfigDict
 
 from aim_flax.data.digits import load_digits
-from aim_flax.data.in_memory import Dataset
-from aim_flax.errors import UsageError, check_choice
+from aim_flax.data.in_memory import InMemory, Split
+from aim_flax.data.records import EncodedDataset
+from aim_flax.errors import UsageError, nearest
 
-DATASETS = {"digits": load_digits}
+if TYPE_CHECKING:
+    from aim_flax.data.reading import Reader
+    from aim_flax.data.streamed import Streamed
+
+_TFDS = "tfds:"
 
 
-def load_dataset(config: ConfigDict) -> Dataset:
-    """Returns the dataset of `config.data`, checked against what the config says of it."""
-    check_choice("data.name", config.data.name, DATASETS)
-    dataset = DATASETS[config.data.name]()
-    shape = dataset.splits["train"].images.shape[1:]
-    if tuple(config.data.image_shape) != shape:
-        raise UsageError(
-            f"data.image_shape is {tuple(config.data.image_shape)}, but {config.data.name} has"
-            f" images of {shape}"
-        )
-    if config.model.num_classes != len(dataset.classes):
+def load_dataset(config: ConfigDict) -> "InMemory | Streamed":
+    """Returns the dataset of `config.data`, ready to be used; see `open_dataset`, `prepare`."""
+    return prepare(open_dataset(config), config)
+
+
+def open_dataset(config: ConfigDict) -> "InMemory | Reader":
+    """Returns the dataset of `config.data` with its classes and sizes, no image decoded yet.
+
+    Raises:
+      UsageError: there is no such dataset, it isn't prepared, or the config doesn't fit it.
+    """
+    data = config.data
+    shape = tuple(data.image_shape)
+    if data.name == "digits":
+        dataset = load_digits()
+        actual = dataset.splits["train"].images.shape[1:]
+        if shape != actual:
+            raise UsageError(f"data.image_shape is {shape}, but digits has images of {actual}")
+    else:
+        if len(shape) != 3 or shape[2] not in (1, 3) or min(shape) < 1:
+            raise UsageError(
+                f"data.image_shape is {shape}, expected height, width, and 3 channels or 1 (grey)"
+            )
+        encoded = _read_encoded(data)
+        from aim_flax.data.reading import Reader
+
+        dataset = Reader(encoded, shape, data.fit, data.on_error)
+    for split in dict.fromkeys(("train", config.eval.select_on, "test")):
+        if not dataset.sizes.get(split):
+            why = "; data.val_fraction holds out none" if split == "val" else ""
+            raise UsageError(f"{data.name} has no images in the split {split!r}{why}")
+    return dataset
+
+
+def prepare(dataset: "InMemory | Reader", config: ConfigDict) -> "InMemory | Streamed":
+    """Decodes all images if they take at most `data.in_memory_mb` (2**20 bytes), or streams them.
+
+    Raises:
+      DataError: an image can't be read.
+    """
+    if isinstance(dataset, InMemory):
+        return dataset
+    images = sum(dataset.sizes.values())
+    if images * math.prod(dataset.shape) <= config.data.in_memory_mb * 2**20:
+        return _decode_all(dataset, config.data.threads)
+    from aim_flax.data.streamed import Streamed
+
+    return Streamed(dataset, config.data.threads)
+
+
+def with_classes(config: ConfigDict, classes: Sequence[str]) -> ConfigDict:
+    """Returns the config with `model.num_classes`, where it is None, set to a dataset's.
+
+    Raises:
+      UsageError: it is set to another number.
+    """
+    if config.model.num_classes is None:
+        config = copy.deepcopy(config)
+        with config.unlocked():
+            config.model.num_classes = len(classes)
+    if config.model.num_classes != len(classes):
         raise UsageError(
             f"model.num_classes is {config.model.num_classes}, but {config.data.name} has"
-            f" {len(dataset.classes)} classes"
+            f" {len(classes)} classes"
         )
-    return dataset
+    return config
+
+
+def _read_encoded(data: ConfigDict) -> EncodedDataset:
+    if data.name == "folder":
+        from aim_flax.data.folder import read_folder
+
+        if not data.dir:
+            raise UsageError("data.dir is empty, expected a folder: --config.data.dir=DIR")
+        return read_folder(data.dir, data.val_fraction, data.test_fraction)
+    if data.name.startswith(_TFDS):
+        from aim_flax.data.tfds_records import read_tfds
+
+        return read_tfds(data.name.removeprefix(_TFDS), data.dir or None, data.val_fraction)
+    raise UsageError(
+        f"data.name is {data.name!r}, expected digits, folder or {_TFDS}NAME"
+        + nearest(data.name, ["digits", "folder"])
+    )
+
+
+def _decode_all(reader: "Reader", threads: int) -> InMemory:
+    splits = {}
+    for name, size in reader.sizes.items():
+        images = np.empty((size, *reader.shape), np.uint8)
+        labels = np.full(size, -1, np.int32)
+
+        def read(i: int, name=name, images=images, labels=labels) -> None:
+            if found := reader.read(name, i):
+                images[i], labels[i] = found
+
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(read, range(size)):
+                pass
+        readable = labels >= 0
+        if not readable.all():
+            reader.skip(name, np.flatnonzero(~readable).tolist())
+            images, labels = images[readable], labels[readable]
+        splits[name] = Split(images, labels)
+    return InMemory(reader.classes, splits, reader.skipped)

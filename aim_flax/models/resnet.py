@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from aim_flax.errors import check_choice
+from aim_flax.errors import UsageError, check_choice
 from aim_flax.models.pointwise import pointwise_einsum
 
 STEMS = ("imagenet", "cifar")
@@ -29,7 +29,8 @@ class ResNet(nn.Module):
     Attributes:
       num_classes: width of the output.
       stage_sizes: blocks in each stage. ResNet50: 3, 4, 6, 3.
-      width: channels of the stem and of the inner convolutions of stage 1; doubles every stage.
+      width: channels of the stem and of the inner convolutions of stage 1, which double in every
+        further stage; or a sequence with those of each stage, the stem having the first.
       stem: "imagenet" (7x7 convolution, 3x3 max pool of stride 2) or "cifar" (3x3 convolution of
         stride 1, no pool).
       stem_stride: of the 7x7 convolution. Published: 1 with memory, 2 in the control.
@@ -44,7 +45,7 @@ class ResNet(nn.Module):
 
     num_classes: int
     stage_sizes: Sequence[int] = (3, 4, 6, 3)
-    width: int = 64
+    width: int | Sequence[int] = 64
     stem: str = "imagenet"
     stem_stride: int = 2
     conv_bias: bool = True
@@ -63,7 +64,8 @@ class ResNet(nn.Module):
           train: whether batch norm uses (and records) the statistics of this batch.
 
         Raises:
-          UsageError: for a `stem` or `pointwise` that does not exist.
+          UsageError: for a `stem` or `pointwise` that does not exist, or widths that are not one
+            for each stage.
         """
         check_choice("stem", self.stem, STEMS)
         check_choice("pointwise", self.pointwise, POINTWISE)
@@ -82,14 +84,17 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             axis_name=self.axis_name,
         )
+        widths = stage_widths(self.width, self.stage_sizes)
         if self.stem == "imagenet":
-            x = ImageNetStem(self.width, self.stem_stride, conv, norm, name="stem")(images)
+            x = ImageNetStem(widths[0], self.stem_stride, conv, norm, name="stem")(images)
         else:
-            x = CifarStem(self.width, conv, norm, name="stem")(images)
-        for stage, blocks in enumerate(self.stage_sizes, start=1):
+            x = CifarStem(widths[0], conv, norm, name="stem")(images)
+        for stage, (blocks, width) in enumerate(
+            zip(self.stage_sizes, widths, strict=True), start=1
+        ):
             for block in range(1, blocks + 1):
                 x = BottleneckBlock(
-                    features=self.width * 2 ** (stage - 1),
+                    features=width,
                     stride=2 if stage > 1 and block == 1 else 1,
                     project=block == 1,
                     conv=conv,
@@ -104,6 +109,22 @@ class ResNet(nn.Module):
             name="head",
         )(x)
         return logits if self.dtype is None else logits.astype(jnp.float32)
+
+
+def stage_widths(width: int | Sequence[int], stage_sizes: Sequence[int]) -> tuple[int, ...]:
+    """Returns the channels of each stage's inner convolutions, for a `width` of `ResNet`.
+
+    Raises:
+      UsageError: for widths that are not one for each stage.
+    """
+    if not isinstance(width, Sequence):
+        return tuple(width * 2**stage for stage in range(len(stage_sizes)))
+    if len(width) != len(stage_sizes):
+        raise UsageError(
+            f"width is {tuple(width)}, expected a number or one for each of {len(stage_sizes)}"
+            " stages"
+        )
+    return tuple(width)
 
 
 class ImageNetStem(nn.Module):

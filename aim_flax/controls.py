@@ -1,0 +1,210 @@
+"""Controls that isolate a memory: variants of a config, each without one thing that it brings.
+
+A network with a memory has more parameters and does more arithmetic than its plain one. Only what
+it gains over controls that have those too, and over memories that cannot be learned or hold
+nothing, is the memory's.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from scipy.optimize import brentq
+
+from aim_flax.build import build_model
+from aim_flax.describe import multiply_adds
+from aim_flax.errors import UsageError, check_choice
+from aim_flax.memory import Memory, check_memory
+from aim_flax.models.resnet import stage_widths
+
+TOLERANCE = 0.01
+
+
+def derive(config: ConfigDict, name: str) -> ConfigDict:
+    """Returns the config of a control, a locked copy with `arm` set to its name; all else is equal.
+
+    - `control`: the plain network.
+    - `control_params`: a wider plain network with as many trainable parameters, within 1 %.
+    - `control_compute`: a wider plain network with as many multiply-adds of a forward pass, within
+      1 %.
+    - `memory_frozen`: a memory that stays what it was drawn as; reads and updates are trained.
+    - `memory_noise`, `memory_zero`: a memory of that kind, which holds nothing learned.
+    - `memory_half`, `memory_double`: half and twice the floats, by its channels.
+
+    Args:
+      config: of a network with a memory.
+      name: one of CONTROLS.
+
+    Raises:
+      UsageError: an unknown name; a config without memory; a size that cannot be had.
+    """
+    check_choice("the control", name, CONTROLS)
+    if config.memory is None:
+        raise UsageError(f"{config.name}:{config.arm} has no memory to derive {name} from")
+    control = copy.deepcopy(config)
+    with control.unlocked():
+        CONTROLS[name](control)
+        control.arm = name
+    return control.lock()
+
+
+def count(config: ConfigDict) -> tuple[int, int]:
+    """Returns the trainable parameters of a config's network, and the multiply-adds of one image's
+    forward pass, as `aim_flax.describe` counts them; nothing is compiled or allocated."""
+    image = jax.ShapeDtypeStruct((1, *config.data.image_shape), jnp.float32)
+    # One trace for both: what draws the initial values multiplies no matrices.
+    trace = jax.make_jaxpr(build_model(config).init, return_shape=True)
+    jaxpr, variables = trace(jax.random.key(0), image)
+    params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    return params, multiply_adds(jaxpr.jaxpr)
+
+
+def _plain(config: ConfigDict) -> None:
+    config.memory = None
+
+
+def _match_params(config: ConfigDict) -> None:
+    _widen(config, lambda config: count(config)[0], "trainable parameters")
+
+
+def _match_compute(config: ConfigDict) -> None:
+    _widen(config, lambda config: count(config)[1], "multiply-adds")
+
+
+def _widen(config: ConfigDict, measure: Callable[[ConfigDict], int], what: str) -> None:
+    """Takes the memory away and widens the network to what it measured with it."""
+    goal = measure(config)
+    config.memory = None
+
+    @cache
+    def size(widths: tuple[int, ...]) -> int:
+        _set_widths(config, widths)
+        return measure(config)
+
+    start = _widths(config)
+    if not start:
+        raise UsageError(f"{config.name}:{config.arm} has no hidden layer that can be widened")
+    widths = _match(size, start, goal)
+    if abs(size(widths) - goal) > TOLERANCE * goal:
+        raise UsageError(
+            f"no widths of {config.model.name} have the {goal:,} {what} of"
+            f" {config.name}:{config.arm} within {TOLERANCE:.0%}; nearest: {size(widths):,}"
+            f" with {widths}"
+        )
+    _set_widths(config, widths)
+
+
+def _match(
+    size: Callable[[tuple[int, ...]], int], start: tuple[int, ...], goal: int
+) -> tuple[int, ...]:
+    """Returns widths, none below `start`, whose size is within TOLERANCE of the goal, or near it.
+
+    All are widened in proportion as far as the goal allows; what is then missing goes to single
+    layers, those first of which a unit weighs most.
+    """
+    widest = max(start)
+
+    def scaled(units: int) -> tuple[int, ...]:
+        return tuple(width + round(width * units / widest) for width in start)
+
+    def wider(widths: tuple[int, ...], layer: int, units: int) -> tuple[int, ...]:
+        return tuple(width + units * (i == layer) for i, width in enumerate(widths))
+
+    def distance(widths: tuple[int, ...]) -> int:
+        return abs(size(widths) - goal)
+
+    widths = scaled(_most(lambda units: size(scaled(units)), goal, widest))
+    if distance(widths) <= TOLERANCE * goal:
+        return widths
+    layers = range(len(start))
+    for layer in sorted(layers, key=lambda i: size(wider(widths, i, 1)), reverse=True):
+        grow = partial(wider, widths, layer)
+        widths = grow(_most(lambda units, grow=grow: size(grow(units)), goal, 1))
+        if distance(widths) <= TOLERANCE * goal:
+            return widths
+    return min(widths, *(wider(widths, layer, 1) for layer in layers), key=distance)
+
+
+def _most(size: Callable[[int], int], goal: int, limit: int) -> int:
+    """Returns the most units, at least 0, whose size, which grows with them, is within the goal.
+
+    `limit` is a first guess at what is too many.
+    """
+    if size(0) >= goal:
+        return 0
+    while size(limit) <= goal:
+        limit *= 2
+    # Sizes are nearly quadratic in the units, which takes few steps where bisection takes many.
+    root = brentq(lambda units: size(int(units)) - goal, 0, limit, xtol=1)
+    units = int(root) + 1
+    while size(units) > goal:
+        units -= 1
+    return units
+
+
+def _widths(config: ConfigDict) -> tuple[int, ...]:
+    """Returns the widths of the layers between image and head, in their order."""
+    model = config.model
+    if model.name == "mlp":
+        return tuple(model.features)
+    if model.name == "vgg":
+        return (*model.widths, *model.dense_sizes)
+    check_choice("model.name of a control as large as the memory's", model.name, WIDENED)
+    return stage_widths(model.width, model.stage_sizes)
+
+
+def _set_widths(config: ConfigDict, widths: tuple[int, ...]) -> None:
+    model = config.model
+    with model.ignore_type():  # A ResNet's width is one number; a saved config has lists.
+        if model.name == "mlp":
+            model.features = widths
+        elif model.name == "vgg":
+            stages = len(model.stage_sizes)
+            model.widths, model.dense_sizes = widths[:stages], widths[stages:]
+        else:
+            model.width = widths
+
+
+WIDENED = ("mlp", "vgg", "resnet")
+
+
+def _memory(**values: float | str) -> Callable[[ConfigDict], None]:
+    return lambda config: config.memory.update(values)
+
+
+def _halve(config: ConfigDict) -> None:
+    *rest, channels = _memory_shape(config)
+    if channels % 2:
+        raise UsageError(
+            f"memory.shape is {config.memory.shape}: {channels} channels cannot be halved"
+        )
+    _set_memory_shape(config, (*rest, channels // 2))
+
+
+def _double(config: ConfigDict) -> None:
+    *rest, channels = _memory_shape(config)
+    _set_memory_shape(config, (*rest, 2 * channels))
+
+
+def _memory_shape(config: ConfigDict) -> tuple[int, ...]:
+    return check_memory(config.memory.shape, config.memory.get("kind", Memory.kind))
+
+
+def _set_memory_shape(config: ConfigDict, shape: tuple[int, ...]) -> None:
+    with config.memory.ignore_type():  # A number is a shape, too; a saved config has lists.
+        config.memory.shape = shape
+
+
+CONTROLS: dict[str, Callable[[ConfigDict], None]] = {
+    "control": _plain,
+    "control_params": _match_params,
+    "control_compute": _match_compute,
+    "memory_frozen": _memory(learning_rate_scale=0.0),
+    "memory_noise": _memory(kind="noise"),
+    "memory_zero": _memory(kind="zero"),
+    "memory_half": _halve,
+    "memory_double": _double,
+}

@@ -1,0 +1,90 @@
+"""Random changes to training images on the host, as `augment.py` makes them on the device.
+
+What moves pixels is done here, to uint8, where OpenCV is far quicker than a device's gathers;
+contrast is left to the device.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+
+from aim_flax.data.augment import CROP_ASPECT
+from aim_flax.data.images import WHOLE, Region
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One image's drawn changes.
+
+    Attributes:
+      region: the part that a crop shows.
+      angle: in radians, counter-clockwise.
+      shift: (down, right), as shares of height and width.
+      pixels: (down, right), whole pixels, beside `shift`.
+      flips: the axes that are flipped, at the end.
+    """
+
+    region: Region
+    angle: float
+    shift: tuple[float, float]
+    pixels: tuple[int, int]
+    flips: tuple[int, ...]
+
+
+def draw(rng: np.random.Generator, options: Mapping[str, float | bool]) -> Change:
+    """Draws the changes of an image; `options` are those of `augment.augment`."""
+    region = WHOLE
+    if crop := options.get("crop"):
+        share = rng.uniform(crop, 1.0)
+        ratio = math.exp(rng.uniform(*(math.log(bound) for bound in CROP_ASPECT)))
+        height, width = min(math.sqrt(share / ratio), 1.0), min(math.sqrt(share * ratio), 1.0)
+        region = (rng.uniform(0, 1 - height), rng.uniform(0, 1 - width), height, width)
+    rotation, translation = options.get("rotation") or 0.0, options.get("translation") or 0.0
+    angle = 2 * math.pi * rotation * rng.uniform(-1, 1)
+    shift = (translation * rng.uniform(-1, 1), translation * rng.uniform(-1, 1))
+    limit = int(options.get("shift") or 0)
+    down, right = rng.integers(-limit, limit, size=2, endpoint=True)
+    asked = [bool(options.get(name)) for name in ("flip_vertical", "flip_horizontal")]
+    flips = tuple(axis for axis in (0, 1) if asked[axis] and rng.random() < 0.5)
+    return Change(region, angle, shift, (int(down), int(right)), flips)
+
+
+def apply(image: np.ndarray, change: Change) -> np.ndarray:
+    """Returns an image, (H, W, C) uint8, with all changes but the crop, `images.load`'s part."""
+    height, width = image.shape[:2]
+    down = change.shift[0] * height + change.pixels[0]
+    right = change.shift[1] * width + change.pixels[1]
+    if change.angle or down or right:
+        image = warp(image, change.angle, (down, right))
+    for axis in change.flips:
+        image = np.flip(image, axis)
+    return image
+
+
+def warp(image: np.ndarray, angle: float, shift: tuple[float, float]) -> np.ndarray:
+    """Rotates and shifts as `augment.warp` does, to the nearest of 32 positions in a pixel.
+
+    Args:
+      image: (H, W, C) uint8.
+      angle: in radians, counter-clockwise.
+      shift: (down, right), in pixels.
+    """
+    height, width = image.shape[:2]
+    centre_y, centre_x = (height - 1) / 2, (width - 1) / 2
+    cos, sin = math.cos(angle), math.sin(angle)
+    # From a pixel of the result, (x, y), to where it comes from.
+    y, x = -centre_y - shift[0], -centre_x - shift[1]
+    source = np.array(
+        [
+            [cos, -sin, cos * x - sin * y + centre_x],
+            [sin, cos, sin * x + cos * y + centre_y],
+        ]
+    )
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    warped = cv2.warpAffine(
+        image, source, (width, height), flags=flags, borderMode=cv2.BORDER_REFLECT
+    )
+    return warped.reshape(image.shape)

@@ -1,0 +1,226 @@
+"""Folders of images: DIR/{train,val,test}/CLASS/*.jpg, or DIR/CLASS/*.jpg to be split here."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from aim_flax.data.records import EncodedDataset, Subset, hold_out
+from aim_flax.errors import UsageError, nearest
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SPLITS = ("train", "val", "test")
+# The split that `survey` gives where there are class folders only.
+UNSPLIT = "all"
+
+# Which image is held out never depends on a run's seed, so that runs compare.
+_SPLIT_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderRecords:
+    """The images of a split.
+
+    Attributes:
+      directory: the split's.
+      classes: class names; a label is an index into them.
+      labels: (N,) int32.
+      files: N names within the class folders.
+    """
+
+    directory: str
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    files: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        with open(self.name(index), "rb") as file:
+            return file.read(), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Returns the path."""
+        return os.path.join(
+            self.directory, self.classes[self.labels[index]], self.files[int(index)]
+        )
+
+
+def read_folder(directory: str | Path, val_fraction: float, test_fraction: float) -> EncodedDataset:
+    """Finds the images of a folder, by the names of files alone.
+
+    Args:
+      directory: holds `train`, `test` and maybe `val`, each with a folder of images per class; or
+        the folders of classes themselves. Images are .jpg, .jpeg, .png and .webp, in upper or
+        lower case, directly in their class folder; hidden files and other files are passed over.
+      val_fraction: of each class of the training images, held out for validation where there is
+        no folder `val`; 0 for no validation split.
+      test_fraction: of each class, held out for the test where there are folders of classes only.
+
+    Returns:
+      Classes are the sorted names of train's class folders. Images are sorted by class and name.
+
+    Raises:
+      UsageError: the folder isn't there or isn't laid out like that, a class is in another split
+        but not in train, a fraction is out of range or so small that it holds out nothing.
+    """
+    dataset, problems = survey(directory)
+    if problems:
+        more = f" ({len(problems) - 1} more: python -m aim_flax.data.inspect {directory})"
+        raise UsageError(problems[0] + (more if len(problems) > 1 else ""))
+    return split(dataset, val_fraction, test_fraction)
+
+
+def survey(directory: str | Path) -> tuple[EncodedDataset, list[str]]:
+    """Finds the images of a folder, and everything that is wrong with its layout.
+
+    Returns:
+      The images of each split that is there, or of the split "all" where there are class folders
+      only; the classes are those of any split. And a line for each problem.
+
+    Raises:
+      UsageError: there is no such folder, or no image in it.
+    """
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        if directory.exists():
+            raise UsageError(f"{directory} is a file, expected a folder of images")
+        parent = directory.absolute().parent
+        siblings = [entry.name for entry in os.scandir(parent)] if parent.is_dir() else []
+        raise UsageError(f"{directory} does not exist{nearest(directory.name, siblings)}")
+    problems: list[str] = []
+    folders = _scan(directory, problems)[0]
+    found = [name for name in SPLITS if name in folders]
+    if found:
+        if missing := [name for name in ("train", "test") if name not in found]:
+            problems.append(
+                f"{directory} has {' and '.join(found)} but no {' and no '.join(missing)},"
+                " expected train, test and maybe val, or only folders of classes"
+            )
+        problems += [
+            f"{directory / name} stands beside {' and '.join(found)}, expected only train, val"
+            f" and test there{nearest(name, SPLITS)}"
+            for name in folders
+            if name not in SPLITS
+        ]
+        trees = {name: _class_files(directory / name, problems) for name in found}
+        problems += [
+            f"{directory / name} has no class folders, expected one per class, with its images"
+            for name, tree in trees.items()
+            if not tree
+        ]
+    else:
+        trees = {UNSPLIT: _class_files(directory, problems)}
+    if not any(files for tree in trees.values() for files in tree.values()):
+        raise UsageError(
+            problems[0]
+            if problems
+            else f"{directory} has no images, expected {', '.join(SUFFIXES)} in a folder per class"
+        )
+    for name, tree in trees.items():
+        problems += [
+            f"{directory / name / label} is a class that {directory / 'train'} lacks"
+            f"{nearest(label, trees['train'])}"
+            for label in tree
+            if "train" in trees and label not in trees["train"]
+        ]
+    classes = tuple(sorted(set().union(*trees.values())))
+    splits = {
+        name: _records(directory if name == UNSPLIT else directory / name, classes, tree)
+        for name, tree in trees.items()
+    }
+    return EncodedDataset(classes, splits), problems
+
+
+def split(dataset: EncodedDataset, val_fraction: float, test_fraction: float) -> EncodedDataset:
+    """Holds out the splits that a folder without problems lacks, as `read_folder` says."""
+    for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= fraction < 1:
+            raise UsageError(f"{name} is {fraction}, expected at least 0 and less than 1")
+    splits = dict(dataset.splits)
+    if UNSPLIT in splits:
+        if test_fraction == 0:
+            raise UsageError(
+                f"test_fraction is 0, expected more: {splits[UNSPLIT].directory} has no folder test"
+            )
+        everything = splits[UNSPLIT]
+        rest, test = hold_out(everything.labels, test_fraction, _SPLIT_SEED)
+        splits = {"train": Subset(everything, rest), "test": Subset(everything, test)}
+        _check_not_empty(splits["test"], "test_fraction", test_fraction)
+    else:
+        everything, rest = splits["train"], np.arange(len(splits["train"]))
+    if "val" not in splits and val_fraction:
+        train, val = hold_out(everything.labels[rest], val_fraction, _SPLIT_SEED)
+        splits["train"] = Subset(everything, rest[train])
+        splits["val"] = Subset(everything, rest[val])
+        _check_not_empty(splits["val"], "val_fraction", val_fraction)
+    ordered = {name: splits[name] for name in SPLITS if name in splits}
+    return EncodedDataset(dataset.classes, ordered)
+
+
+def _check_not_empty(held: Subset, name: str, fraction: float) -> None:
+    if not len(held):
+        raise UsageError(
+            f"{name} is {fraction}, which is less than one image of any class of"
+            f" {held.records.directory}"
+        )
+
+
+def _class_files(directory: Path, problems: list[str]) -> dict[str, list[str]]:
+    """Returns the images of each class folder, sorted; tells the problems."""
+    folders, images, _ = _scan(directory, problems)
+    if images:
+        problems.append(
+            f"{directory / images[0]} lies directly in {directory}"
+            + (f", as do {len(images) - 1} more images" if len(images) > 1 else "")
+            + ", expected images in a folder per class"
+        )
+    tree = {}
+    for name in folders:
+        before = len(problems)
+        inner, tree[name], others = _scan(directory / name, problems)
+        if tree[name] or len(problems) > before:
+            continue
+        holds = "is empty"
+        if others:
+            holds = f"has no images but {len(others)} other files, such as {others[0]}"
+        elif inner:
+            holds = f"has no images but folders, such as {inner[0]}"
+            name += nearest(name, SPLITS)
+        problems.append(f"{directory / name} {holds}, expected {', '.join(SUFFIXES)}")
+    return tree
+
+
+def _scan(directory: Path, problems: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Returns the names of a directory's folders, images and other files, each sorted."""
+    folders, images, others = [], [], []
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith("."):
+                    continue
+                # Answered from the directory itself: no system call per file.
+                if entry.is_dir():
+                    folders.append(name)
+                elif name.lower().endswith(SUFFIXES):
+                    images.append(name)
+                else:
+                    others.append(name)
+    except OSError as error:
+        problems.append(f"{directory} can't be read: {error.strerror}")
+    return sorted(folders), sorted(images), sorted(others)
+
+
+def _records(
+    directory: Path, classes: tuple[str, ...], tree: Mapping[str, list[str]]
+) -> FolderRecords:
+    index = {name: i for i, name in enumerate(classes)}
+    labels = np.repeat(
+        np.array([index[name] for name in tree], np.int32), [len(files) for files in tree.values()]
+    )
+    files = [file for names in tree.values() for file in names]
+    return FolderRecords(str(directory), classes, labels, files)

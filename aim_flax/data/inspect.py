@@ -1,0 +1,293 @@
+"""What is in a folder of images, and wrong with it: python -m aim_flax.data.inspect DIR.
+
+Prints the images of each class and split, sizes, formats, images that can't be read and images
+that are there twice, and draws some of each class on a contact sheet. Exit status: 0 if all is
+well; 1 if an image can't be read or is in more than one split or class, or the folder's layout is
+wrong; 2 if there is nothing to look at.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import math
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import track
+
+from aim_flax.cli import CommandParser, run_reporting_errors
+from aim_flax.data.folder import split, survey
+from aim_flax.data.images import ImageError, header, load
+from aim_flax.data.records import EncodedDataset, Records
+from aim_flax.errors import UsageError
+
+_BATCH = 64  # images per task of a thread: a task each would take more memory than its result
+_SMALL = (32, 32, 3)
+_THUMBNAIL, _LINE = 64, 14  # pixels
+_MOST_FREQUENT = 5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finding:
+    """What one image is.
+
+    Attributes:
+      split: its split.
+      path: its path; the folder it lies in is its class.
+      problem: why it can't be read, or "".
+      format: "JPEG", "PNG", ... by its content.
+      size: height and width in pixels.
+      content: a hash of its bytes.
+      look: a hash of its pixels at a small size.
+    """
+
+    split: str
+    path: str
+    problem: str = ""
+    format: str = ""
+    size: tuple[int, int] = (0, 0)
+    content: bytes = b""
+    look: bytes = b""
+
+    @property
+    def label(self) -> str:
+        return os.path.basename(os.path.dirname(self.path))
+
+
+def examine(dataset: EncodedDataset, threads: int, console: Console) -> list[Finding]:
+    """Reads and decodes every image, in order; shows its progress on a terminal."""
+    batches = [
+        (name, records, range(start, min(start + _BATCH, len(records))))
+        for name, records in dataset.splits.items()
+        for start in range(0, len(records), _BATCH)
+    ]
+
+    def work(batch: tuple[str, Records, range]) -> list[Finding]:
+        name, records, indices = batch
+        return [_examine_one(name, records, i) for i in indices]
+
+    pool = ThreadPoolExecutor(threads)
+    try:
+        results = track(
+            pool.map(work, batches),
+            description="reading images",
+            total=len(batches),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        return [finding for batch in results for finding in batch]
+    finally:
+        # Ctrl-C ends it at once.
+        pool.shutdown(cancel_futures=True)
+
+
+def _examine_one(name: str, records: Records, index: int) -> Finding:
+    path = records.name(index)
+    try:
+        encoded, _ = records.read(index)
+        kind, height, width = header(encoded)
+        small = load(encoded, _SMALL)
+    except OSError as error:
+        return Finding(name, path, f"can't be read: {error.strerror}")
+    except ImageError as error:
+        return Finding(name, path, str(error))
+    hashes = (hashlib.blake2b(data, digest_size=16).digest() for data in (encoded, small))
+    return Finding(name, path, "", kind, (height, width), *hashes)
+
+
+def duplicates(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Returns groups of images of the same bytes, or of the same pixels in another file."""
+    looks = collections.defaultdict(list)
+    for finding in findings:
+        if not finding.problem:
+            looks[finding.look, finding.size].append(finding)
+    groups = []
+    for alike in looks.values():
+        if len(alike) == 1:
+            continue
+        same = collections.defaultdict(list)
+        several = len({finding.content for finding in alike}) > 1
+        for finding in alike:
+            # Alike when small: whether they are the same takes all pixels.
+            same[_pixels(finding) if several else finding.content].append(finding)
+        groups += [group for group in same.values() if len(group) > 1]
+    return groups
+
+
+def _pixels(finding: Finding) -> bytes:
+    encoded = Path(finding.path).read_bytes()
+    return hashlib.blake2b(load(encoded, (*finding.size, 3)), digest_size=16).digest()
+
+
+def count_table(classes: Sequence[str], counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Returns a Markdown table of images per class and split, aligned for a terminal too."""
+    rows = [["class", *counts]]
+    rows += [[label, *(f"{count[label]:,}" for count in counts.values())] for label in classes]
+    rows.append(["all", *(f"{sum(count.values()):,}" for count in counts.values())])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
+        cells[0] = f"{row[0]:<{widths[0]}}"
+        lines.append(f"| {' | '.join(cells)} |")
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines.insert(1, f"| {' | '.join(rule)} |")
+    return "\n".join(lines)
+
+
+def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str]:
+    """Returns the lines that say what was found, duplicates and problems of layout aside."""
+    counts = {name: collections.Counter() for name in dataset.splits}
+    for finding in findings:
+        counts[finding.split][finding.label] += 1
+    yield count_table(dataset.classes, counts)
+    for name, count in counts.items():
+        missing = [label for label in dataset.classes if not count[label]]
+        if missing:
+            yield f"{name} lacks {_number(missing, 'class', 'classes')}: {', '.join(missing)}"
+    for name, count in counts.items():
+        if not count:
+            continue
+        (largest, most), (smallest, fewest) = count.most_common()[0], count.most_common()[-1]
+        if most == fewest:
+            yield f"{name}: {most:,} of each class"
+            continue
+        yield (
+            f"{name}: {fewest:,} ({smallest}) to {most:,} ({largest}) images per class, median"
+            f" {statistics.median(count.values()):,.0f}, {most / fewest:.1f} times as many;"
+            f" the largest class has {most / sum(count.values()):.1%} of the images"
+        )
+    readable = [finding for finding in findings if not finding.problem]
+    if readable:
+        for i, what in enumerate(("height", "width")):
+            values = [finding.size[i] for finding in readable]
+            yield (
+                f"{what}: {min(values):,} to {max(values):,} pixels, median"
+                f" {statistics.median(values):,.0f}"
+            )
+        sizes = collections.Counter(finding.size for finding in readable)
+        common = [f"{h} x {w} ({n:,})" for (h, w), n in sizes.most_common(_MOST_FREQUENT)]
+        yield f"sizes, height x width: {', '.join(common)}" + (
+            f", {len(sizes) - len(common):,} others" if len(sizes) > len(common) else ""
+        )
+        formats = collections.Counter(finding.format for finding in readable)
+        yield f"formats: {', '.join(f'{kind} ({n:,})' for kind, n in formats.most_common())}"
+
+
+def contact_sheet(
+    classes: Sequence[str], findings: Iterable[Finding], per_class: int
+) -> Image.Image:
+    """Returns some images of each class, from all over it, below the class's name.
+
+    Of the training images, or of whatever split comes first.
+    """
+    members = collections.defaultdict(list)
+    first = None
+    for finding in findings:
+        first = first or finding.split
+        if finding.split == first and not finding.problem:
+            members[finding.label].append(finding.path)
+    width, height = per_class * _THUMBNAIL + _LINE, _THUMBNAIL + 2 * _LINE
+    columns = max(1, round(math.sqrt(len(classes) * height / width)))
+    rows = math.ceil(len(classes) / columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    # Pillow's own font knows fewer letters.
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    font = ImageFont.truetype(fonts / "DejaVuSans.ttf", _LINE - 3)
+    for i, label in enumerate(classes):
+        x, y = i // rows * width, i % rows * height
+        name = _printable(label)
+        while draw.textlength(name, font) > width - _LINE:
+            name = name[:-2] + "…"
+        draw.text((x, y), name, "black", font)
+        paths = members[label]
+        chosen = dict.fromkeys(int(n * len(paths) / per_class) for n in range(per_class))
+        for column, n in enumerate(chosen if paths else ()):
+            pixels = load(Path(paths[n]).read_bytes(), (_THUMBNAIL, _THUMBNAIL, 3), fit="crop")
+            sheet.paste(Image.fromarray(pixels), (x + column * _THUMBNAIL, y + _LINE))
+    return sheet
+
+
+def _printable(name: str) -> str:
+    """A file's name may have bytes that are no text."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _number(things: Sequence[object], one: str, many: str) -> str:
+    return f"{len(things):,} {one if len(things) == 1 else many}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(
+        prog="aim_flax.data.inspect",
+        description=__doc__.partition("\n\n")[2],
+    )
+    parser.add_argument("directory", metavar="DIR", help="what data.dir is in a config")
+    parser.add_argument(
+        "--sheet", type=Path, default=Path("contact_sheet.png"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--per-class", type=int, default=6, help="images of each on the sheet; default: %(default)s"
+    )
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.1, help="as data.val_fraction; default: %(default)s"
+    )
+    parser.add_argument(
+        "--test-fraction",
+        type=float,
+        default=0.2,
+        help="as data.test_fraction; default: %(default)s",
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: one per core")
+    args = parser.parse_args(argv)
+    if args.per_class < 1 or args.threads < 1:
+        parser.error("--per-class and --threads are at least 1")
+    run_reporting_errors(lambda: _inspect(args))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    if not args.sheet.absolute().parent.is_dir():
+        raise UsageError(f"--sheet is {args.sheet}, but there is no folder {args.sheet.parent}")
+    if args.sheet.is_dir():
+        raise UsageError(f"--sheet is {args.sheet}, a folder, expected a file to write")
+    sys.stdout.reconfigure(errors="backslashreplace")
+    dataset, problems = survey(args.directory)
+    if not problems:
+        dataset = split(dataset, args.val_fraction, args.test_fraction)
+    findings = examine(dataset, args.threads, Console(stderr=True))
+    for line in report(dataset, findings):
+        print(line)
+    for problem in problems:
+        print(f"layout: {problem}")
+    unreadable = [finding for finding in findings if finding.problem]
+    print(f"{_number(unreadable, 'image', 'images')} can't be read")
+    for finding in unreadable:
+        print(f"  {finding.path} {finding.problem}")
+    groups = duplicates(findings)
+    across = [group for group in groups if len({finding.split for finding in group}) > 1]
+    torn = [group for group in groups if len({finding.label for finding in group}) > 1]
+    print(
+        f"{_number(groups, 'image is', 'images are')} there more than once, {len(across):,} of them"
+        f" in more than one split, {len(torn):,} in more than one class"
+    )
+    for group in groups:
+        same = "bytes" if len({finding.content for finding in group}) == 1 else "pixels"
+        print(f"  same {same}: {', '.join(finding.path for finding in group)}")
+    contact_sheet(dataset.classes, findings, args.per_class).save(args.sheet, "PNG")
+    print(f"wrote {args.sheet}")
+    if problems or unreadable or across or torn:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

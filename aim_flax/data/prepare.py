@@ -1,0 +1,138 @@
+"""Downloads and prepares a TFDS dataset: python -m aim_flax.data.prepare NAME.
+
+Needs the extra `prepare` (TensorFlow); reading what it wrote does not. A try that was stopped
+leaves its complete downloads to the next one.
+"""
+
+import errno
+import importlib.util
+import logging
+import os
+import re
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aim_flax.cli import CommandParser, run_reporting_errors
+from aim_flax.console import fail
+from aim_flax.data.tfds_records import FILE_FORMAT, check_format, find_builder
+from aim_flax.errors import UsageError
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+# TFDS's own 10 make a machine without a network wait for more than three minutes.
+_CONNECTION_RETRIES = 4
+
+
+def prepare(builder: "tfds.core.DatasetBuilder", manual_dir: str | None) -> None:
+    """Downloads a dataset and writes it in a format with random access.
+
+    Args:
+      builder: of a dataset that is not prepared.
+      manual_dir: folder of files that were fetched by hand; None: TFDS's, `downloads/manual` in
+        the data folder. A file that TFDS would download is taken from there too.
+
+    Raises:
+      UsageError: a file can't be downloaded, is not the one that TFDS knows, or is to be fetched
+        by hand and isn't there; no space is left; another package is needed; something else is
+        where the dataset belongs.
+    """
+    import requests
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import downloader
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+    downloader.MAX_RETRIES = _CONNECTION_RETRIES
+    # What it says of each retry, the error says of the last one.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    if builder.data_path.exists():
+        # TFDS would take it for the dataset.
+        raise UsageError(f"{builder.data_path} holds no whole dataset; move it away")
+    root = builder.data_dir_root
+    by_hand = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    if by_hand:
+        manual = Path(manual_dir or root / "downloads" / "manual")
+        by_hand = f"{builder.name} needs files that are fetched by hand: {_one_line(by_hand)}"
+        if not manual.is_dir() or not any(manual.iterdir()):
+            raise UsageError(f"{manual} is missing or empty (--manual_dir); {by_hand}")
+    # TFDS's bucket has no files with random access.
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+    try:
+        builder.download_and_prepare(file_format=FILE_FORMAT, download_config=config)
+    except NonMatchingChecksumError as error:
+        # "Artifact URL, downloaded to PATH, has wrong checksum:"
+        what = str(error).partition("\n")[0].rstrip(":")
+        raise UsageError(
+            f"{what}; try again, and if that doesn't help, the file has changed at its source: see"
+            " whether a newer tensorflow-datasets knows it"
+        ) from None
+    except (requests.RequestException, tfds.download.DownloadError) as error:
+        request = getattr(error, "request", None)
+        url = f"{request.url} can't be downloaded: " if request else ""
+        # Of retries that all failed, why the last one did.
+        reason = getattr(error.args[0], "reason", error) if error.args else error
+        raise UsageError(
+            f"{url}{_one_line(reason)}; the same command goes on once it can be reached, or with"
+            " the file, fetched elsewhere, in --manual_dir"
+        ) from None
+    except ImportError as error:
+        raise UsageError(f"{builder.name} needs another package: {_one_line(error)}") from None
+    except Exception as error:
+        # Files are read and written through TensorFlow, array_record and Python, which raise
+        # errors of different types for the same thing.
+        message = _one_line(error)
+        if os.strerror(errno.ENOSPC) in message or message.startswith("Not enough disk space"):
+            raise UsageError(f"the disk of {root} is full: {message}") from None
+        missing = os.strerror(errno.ENOENT) in message or isinstance(error, AssertionError)
+        if by_hand and missing:
+            raise UsageError(f"{message}; {by_hand}") from None
+        raise
+
+
+def summary(builder: "tfds.core.DatasetBuilder") -> str:
+    """Returns a line with a prepared dataset's splits, their sizes and its folder."""
+    sizes = [f"{name} {split.num_examples:,}" for name, split in builder.info.splits.items()]
+    return f"{builder.info.full_name}: {', '.join(sizes)}; in {builder.data_dir}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(
+        prog="aim_flax.data.prepare", description=__doc__.partition(":")[0], allow_abbrev=False
+    )
+    parser.add_argument("name", metavar="NAME[/CONFIG][:VERSION]", help="as in TFDS")
+    parser.add_argument("--data_dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
+    parser.add_argument("--manual_dir", help="where files are that were fetched by hand")
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        # Keeps TensorFlow's notes on the processor off the terminal.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        builder = find_builder(args.name, args.data_dir)
+        if builder.is_prepared():
+            check_format(builder, args.name, args.data_dir)
+            print(f"already prepared: {summary(builder)}")
+            return
+        if importlib.util.find_spec("tensorflow") is None:
+            raise UsageError(
+                "preparing a dataset needs TensorFlow:"
+                " pip install -e '.[prepare]' -c constraints.txt"
+            )
+        try:
+            prepare(builder, args.manual_dir)
+        except KeyboardInterrupt:
+            fail("stopped; complete downloads are kept, and the same command goes on")
+            # A normal exit would wait for the downloads that are under way.
+            os._exit(128 + signal.SIGINT)
+        print(f"prepared: {summary(builder)}")
+
+    run_reporting_errors(work)
+
+
+def _one_line(message: Any) -> str:
+    return re.sub(r"\s+", " ", str(message)).strip()
+
+
+if __name__ == "__main__":
+    main()

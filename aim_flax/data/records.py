@@ -1,0 +1,74 @@
+"""What a dataset of encoded images looks like to the loaders, wherever its files are."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+
+class Records(Protocol):
+    """A split of encoded images with random access; its methods may be called from threads."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Returns an encoded image (JPEG, PNG, WebP, ...) and its label."""
+
+    def name(self, index: int) -> str:
+        """Returns what a person knows the record by, for example its path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some of the records of a split.
+
+    Attributes:
+      records: of the split.
+      indices: (N,) int, which of them, in this order.
+    """
+
+    records: Records
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        return self.records.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.records.name(int(self.indices[index]))
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedDataset:
+    """Named splits of encoded images.
+
+    Attributes:
+      classes: class names; a label is an index into them.
+      splits: "train", "test" and, unless nothing is to be held out, "val".
+    """
+
+    classes: tuple[str, ...]
+    splits: Mapping[str, Records]
+
+
+def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Parts examples in two, each class in the same proportion.
+
+    Args:
+      labels: (N,) int; all equal where classes aren't known.
+      fraction: of each class that is held out, rounded; a class keeps at least one example.
+      seed: which examples; a constant of the dataset's, never a run's, so that runs compare.
+
+    Returns:
+      Indices of those kept and of those held out, each sorted.
+    """
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(labels), bool)
+    starts = np.cumsum(np.unique(labels, return_counts=True)[1])[:-1]
+    for members in np.split(np.argsort(labels, kind="stable"), starts):
+        count = min(round(fraction * len(members)), len(members) - 1)
+        held[rng.permutation(members)[: max(0, count)]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)

@@ -1,0 +1,219 @@
+"""Datasets of TensorFlow Datasets (TFDS), read from prepared files without TensorFlow.
+
+`python -m aim_flax.data.prepare NAME` downloads and prepares one.
+"""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aim_flax.data.records import EncodedDataset, Records, Subset, hold_out
+from aim_flax.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+# The format with random access; TFDS's default, tfrecord, has none.
+FILE_FORMAT = "array_record"
+
+# Which examples are held out never depends on a run's seed, so that runs compare.
+_SPLIT_SEED = 0
+_VALIDATION = ("validation", "val")
+# By which of its features a person finds an example, the best first.
+_NAMES = ("image/filename", "file_name", "filename", "image/id", "image_id", "id")
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSplit:
+    """The records of a split, as `records.Records`; may be used from several threads.
+
+    Attributes:
+      title: of the split, for messages.
+      source: serialised tf.train.Example messages with random access.
+      name_feature: what names an example, if anything does.
+    """
+
+    title: str
+    source: Sequence[bytes]
+    name_feature: str | None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Returns an image as it was encoded when the dataset was prepared, and its label.
+
+        Raises:
+          OSError: the file is missing or damaged there.
+        """
+        features = self._features(index)
+        return features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
+
+    def name(self, index: int) -> str:
+        """Returns split and number and, where the dataset has one, the example's file name or
+        id."""
+        title = f"{self.title}, record {index}"
+        if self.name_feature is None:
+            return title
+        try:
+            feature = self._features(index)[self.name_feature]
+        except OSError:
+            # A record that can't be read is to be named too.
+            return title
+        name = (feature.bytes_list.value or feature.int64_list.value)[0]
+        return f"{title} ({name.decode(errors='replace') if isinstance(name, bytes) else name})"
+
+    def _features(self, index: int) -> Mapping[str, Any]:
+        """Returns the features of an example as they are stored.
+
+        TFDS's own `deserialize_example_np` gives the same, but takes some ten times as long,
+        under Python's lock, and decodes masks and boxes too.
+        """
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        try:
+            record = self.source[index]
+        except RuntimeError as error:
+            raise OSError(str(error)) from None
+        if not record:
+            # What the reader returns where the file's end is missing.
+            raise OSError("the record is empty: its file is damaged or cut short")
+        return tf_example_pb2.Example.FromString(record).features.feature
+
+
+def read_tfds(name: str, data_dir: str | None, val_fraction: float) -> EncodedDataset:
+    """Opens a prepared dataset of single-label images.
+
+    Splits: TFDS's "train", "validation" (or "val") and "test"; others are left alone. A dataset
+    without "test" (ImageNet's has no labels) is tested on "validation". Where that leaves no
+    "val", it is held out from "train": at random over all examples instead of within each class,
+    for the labels of a large dataset aren't read up front.
+
+    Args:
+      name: NAME[/CONFIG][:VERSION] as in TFDS, for example "imagenette/320px".
+      data_dir: where it was prepared; None: TFDS's, that is $TFDS_DATA_DIR or
+        ~/tensorflow_datasets.
+      val_fraction: of "train" that is held out where the dataset has no "val" of its own; 0: none.
+
+    Raises:
+      UsageError: unknown, not prepared, prepared in another format or in part, or not a dataset
+        of images ("image") that have one label each ("label").
+    """
+    import tensorflow_datasets as tfds
+
+    builder = find_builder(name, data_dir)
+    if not builder.is_prepared():
+        raise UsageError(
+            f"{name} is not prepared in {builder.data_dir}; to prepare it:"
+            f" {prepare_command(name, data_dir)}"
+        )
+    check_format(builder, name, data_dir)
+    features = builder.info.features
+    _check_features(name, features)
+    name_feature = next((n for n in _NAMES if n in features and features[n].shape == ()), None)
+
+    def split(tfds_name: str) -> TfdsSplit:
+        for path in builder.info.splits[tfds_name].filepaths:
+            if not path.exists():
+                raise UsageError(
+                    f"{path} is missing; move {builder.data_dir} away and run:"
+                    f" {prepare_command(name, data_dir)}"
+                )
+        source = builder.as_data_source(
+            tfds_name,
+            file_format=FILE_FORMAT,
+            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+        )
+        return TfdsSplit(f"{name} {tfds_name}", source, name_feature)
+
+    available = list(builder.info.splits)
+    validation = next((s for s in _VALIDATION if s in available), None)
+    test = "test" if "test" in available else validation
+    if "train" not in available or test is None:
+        raise UsageError(
+            f"{name} has the splits {', '.join(available)}, expected train and one of"
+            f" {', '.join(('test', *_VALIDATION))}"
+        )
+    splits: dict[str, Records] = {"train": split("train"), "test": split(test)}
+    if validation is not None and test != validation:
+        splits["val"] = split(validation)
+    elif val_fraction:
+        train = splits["train"]
+        kept, held = hold_out(np.zeros(len(train), np.int8), val_fraction, _SPLIT_SEED)
+        if not len(held):
+            raise UsageError(
+                f"a fraction of {val_fraction} of {name}'s {len(train)} training examples is none"
+            )
+        splits |= {"train": Subset(train, kept), "val": Subset(train, held)}
+    return EncodedDataset(tuple(features["label"].names), splits)
+
+
+def find_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
+    """Returns TFDS's builder of a dataset, whether or not that is prepared.
+
+    Raises:
+      UsageError: there is no such dataset, config or version.
+    """
+    import tensorflow_datasets as tfds
+
+    # Without the namespaces and keyword arguments that TFDS would accept: they reach for code
+    # elsewhere.
+    match = re.fullmatch(r"(\w+)(?:/([^:,=]+))?(?::[\d.*]+)?", name)
+    if not match:
+        raise UsageError(f"dataset name {name!r}, expected NAME[/CONFIG][:VERSION]")
+    dataset, config = match.groups()
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)
+        raise UsageError(f"TFDS has no dataset {dataset!r}{nearest(dataset, known)}") from None
+    except (AssertionError, ValueError) as error:
+        configs = tfds.builder_cls(dataset).builder_configs
+        if config is not None and config not in configs:
+            message = f"{dataset} has no config {config!r}{nearest(config, configs)}"
+        else:
+            # For example "Dataset cifar10 cannot be loaded at version 9.9.9, only: 3.0.2."
+            message = re.sub(r"^Failed to construct .*?}\": ", "", str(error)).partition("\n")[0]
+        raise UsageError(message) from None
+
+
+def prepare_command(name: str, data_dir: str | None) -> str:
+    """Returns the command line that prepares a dataset."""
+    command = ["python", "-m", "aim_flax.data.prepare", name]
+    return shlex.join([*command, "--data_dir", data_dir] if data_dir else command)
+
+
+def check_format(builder: "tfds.core.DatasetBuilder", name: str, data_dir: str | None) -> None:
+    """Raises UsageError unless a prepared dataset has files with random access."""
+    formats = sorted(f.value for f in builder.info.available_file_formats())
+    if FILE_FORMAT not in formats:
+        raise UsageError(
+            f"{name} is prepared in {builder.data_dir} as {', '.join(formats)}, expected"
+            f" {FILE_FORMAT}; move that folder away and run: {prepare_command(name, data_dir)}"
+        )
+
+
+def _check_features(name: str, features: Any) -> None:
+    """Raises UsageError unless examples are encoded images with one label each."""
+    import tensorflow_datasets as tfds
+
+    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+    image, label = found.get("image"), found.get("label")
+    if not isinstance(image, tfds.features.Image) or not isinstance(
+        label, tfds.features.ClassLabel
+    ):
+        kinds = [f"{key} ({type(found[key]).__name__})" for key in sorted(found)]
+        raise UsageError(
+            f"{name} has the features {', '.join(kinds) or features}, expected image (Image) and"
+            " label (ClassLabel)"
+        )
+    if image.np_dtype not in (np.uint8, np.uint16) or len(image.shape) != 3:
+        raise UsageError(
+            f"{name}'s images are {image}, expected (height, width, channels) of 8 or 16 bits"
+        )
+    if not label.names:
+        raise UsageError(f"{name} doesn't say how many classes it has")

@@ -1,0 +1,118 @@
+"""Evaluation with an altered memory, to learn what a trained network uses its memory for.
+
+A memory that grows during training need not be used. Taking it away from some layers, or giving
+an example another example's, shows by how much the accuracy hangs on it: causal evidence, where
+the norms that a read records are only a correlation.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from aim_flax.errors import UsageError, check_choice
+from aim_flax.latch import OWN_NAMES, AiM, compile_patterns
+from aim_flax.memory import fixed_key
+
+
+def _keep(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
+    return m
+
+
+def _zero(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
+    return jnp.zeros_like(m)
+
+
+def _mean(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
+    return m.mean(axis=0, keepdims=True)
+
+
+def _shuffle(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
+    return jnp.roll(m, -1, axis=0)
+
+
+def _noise(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
+    floats = tuple(range(1, m.ndim))
+    mean, deviation = m.mean(floats, keepdims=True), m.std(floats, keepdims=True)
+    shape = (batch_size, *m.shape[1:])
+    return mean + deviation * jax.random.normal(fixed_key(path.split("/")), shape, m.dtype)
+
+
+def _reset(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
+    return weights
+
+
+_ALTERATIONS = {
+    "keep": _keep,
+    "zero": _zero,
+    "mean": _mean,
+    "shuffle": _shuffle,
+    "noise": _noise,
+    "reset": _reset,
+}
+KINDS = (*_ALTERATIONS, "no_write")
+
+
+def intervene(model: nn.Module, kind: str, at: str = ".*") -> AiM:
+    """Returns a network with the same variables that computes with an altered memory.
+
+    Only what layers read is altered: update blocks, and so all later memories, still start from the
+    true memory, so that an effect belongs to the reads that `at` names. (What an altered read
+    changes in its layer's output does reach later updates, as it reaches everything behind it.)
+    Interventions on an altered network add up, in the order in which they were made.
+
+    Args:
+      model: a latched network, as `build_model` returns it for a config with a memory.
+      kind: "keep" changes nothing. With the others the reads find
+        "zero": zeros;
+        "mean": the mean of the memory over the examples of the batch;
+        "shuffle": each example the memory of the next, and the last that of the first;
+        "noise": normal noise with the mean and standard deviation of the example's own memory,
+          from a key that is fixed for the layer, so that evaluation can be repeated;
+        "reset": the memory of the learned weights alone, without what updates wrote or what was
+          carried.
+        With "no_write" the update blocks leave the memory as it was. As long as nothing is written
+        the memory is one for the whole batch, so that "mean" and "shuffle" change nothing.
+        A batch is that of one device, rows that only fill it up included.
+      at: a regular expression that must match the whole path of a reading layer, or with
+        "no_write" of a module with an update block; `layers` lists both.
+
+    Raises:
+      UsageError: a network without memory, an unknown kind, or a bad `at`; when the network is
+        applied, an `at` that matches nothing, or train=True.
+    """
+    if not isinstance(model, AiM):
+        raise UsageError(f"there is no memory to alter: the network is a {type(model).__name__}")
+    check_choice("the intervention", kind, KINDS)
+    if not compile_patterns(at):
+        raise UsageError("at is empty, expected a regular expression that matches module paths")
+    if kind == "no_write":
+        return model.clone(no_write=(*model.no_write, at))
+    return model.clone(alter_read=(*model.alter_read, (at, _ALTERATIONS[kind])))
+
+
+def layers(model: AiM, *args: jax.Array | jax.ShapeDtypeStruct) -> tuple[list[str], list[str]]:
+    """Returns the paths of the layers that read and of the modules with an update block.
+
+    Both in the order of their first call.
+
+    Args:
+      *args: what the network is called with, or its shape and dtype; nothing is computed.
+    """
+    called: dict[str, tuple[str, ...]] = {}
+
+    def see(next_fun, given, options, context):
+        names = context.module.path
+        if context.method_name == "__call__" and names:
+            called["/".join(names)] = names
+        return next_fun(*given, **options)
+
+    with nn.intercept_methods(see):
+        jax.eval_shape(model.init, jax.random.key(0), *args)
+    patterns = compile_patterns(model.read)
+    reads = [
+        path
+        for path, names in called.items()
+        if not set(names) & set(OWN_NAMES) and any(p.fullmatch(path) for p in patterns)
+    ]
+    updates = ["/".join(n[:-1]) for n in called.values() if n[-1] == "memory_update"]
+    return reads, updates

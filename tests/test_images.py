@@ -1,0 +1,286 @@
+"""Decoding: every kind of image comes out upright, whole and near what was stored, or is told."""
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageOps
+
+from aim_flax.data.images import ImageError, header, load
+
+HEIGHT, WIDTH = 60, 80
+
+
+def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """Smooth, of many colours, and of no symmetry."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (5, 7, 3), np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+IMAGE = Image.fromarray(picture())
+SHAPE = (HEIGHT, WIDTH, 3)
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def oriented(orientation: int, order: str = "<") -> bytes:
+    """EXIF data with a camera's name and an orientation."""
+    exif = Image.Exif()
+    exif.endian = order
+    exif[ExifTags.Base.Make] = "a camera"
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif.tobytes()
+
+
+def grey16() -> Image.Image:
+    return Image.fromarray(picture()[..., 0].astype(np.uint16) * 257)
+
+
+ENCODED = {
+    "jpeg": encode(IMAGE, "JPEG", quality=95),
+    "progressive jpeg": encode(IMAGE, "JPEG", quality=95, progressive=True),
+    "grey jpeg": encode(IMAGE.convert("L"), "JPEG", quality=95),
+    "cmyk jpeg": encode(IMAGE.convert("CMYK"), "JPEG", quality=95),
+    "rgb jpeg": encode(IMAGE, "JPEG", quality=95, keep_rgb=True),
+    "png": encode(IMAGE, "PNG"),
+    "grey png": encode(IMAGE.convert("L"), "PNG"),
+    "grey and alpha png": encode(IMAGE.convert("LA"), "PNG"),
+    "rgba png": encode(IMAGE.convert("RGBA"), "PNG"),
+    "palette png": encode(IMAGE.convert("P"), "PNG"),
+    "clear palette png": encode(IMAGE.convert("P"), "PNG", transparency=b"\x00\x80\xff"),
+    "16 bit png": encode(grey16(), "PNG"),
+    "webp": encode(IMAGE, "WEBP", quality=95),
+    "lossless webp": encode(IMAGE, "WEBP", lossless=True),
+    "clear webp": encode(IMAGE.convert("RGBA"), "WEBP", quality=95),
+}
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(int) - b.astype(int)).mean())
+
+
+@pytest.mark.parametrize("kind", ["png", "rgba png", "lossless webp"])
+def test_lossless_formats_are_exact(kind):
+    np.testing.assert_array_equal(load(ENCODED[kind], SHAPE), picture())
+
+
+@pytest.mark.parametrize(
+    "kind", ["jpeg", "progressive jpeg", "rgb jpeg", "cmyk jpeg", "clear webp"]
+)
+def test_lossy_formats_are_near(kind):
+    assert distance(load(ENCODED[kind], SHAPE), picture()) < 4
+
+
+@pytest.mark.parametrize("kind", ["grey png", "grey and alpha png"])
+def test_grey_becomes_three_equal_channels(kind):
+    expected = np.asarray(IMAGE.convert("L"))
+    np.testing.assert_array_equal(load(ENCODED[kind], SHAPE), np.stack([expected] * 3, -1))
+
+
+@pytest.mark.parametrize("kind", ["palette png", "clear palette png"])
+def test_palettes_become_their_colours(kind):
+    expected = np.asarray(IMAGE.convert("P").convert("RGB"))
+    np.testing.assert_array_equal(load(ENCODED[kind], SHAPE), expected)
+
+
+def test_16_bits_are_scaled_not_clipped():
+    pixels = load(ENCODED["16 bit png"], (HEIGHT, WIDTH, 1))
+    np.testing.assert_array_equal(pixels[..., 0], picture()[..., 0])
+
+
+@pytest.mark.parametrize("kind", ENCODED)
+def test_one_channel_is_the_grey_of_three(kind):
+    grey = load(ENCODED[kind], (HEIGHT, WIDTH, 1))
+    assert grey.shape == (HEIGHT, WIDTH, 1)
+    expected = np.asarray(Image.fromarray(load(ENCODED[kind], SHAPE)).convert("L"))
+    assert distance(grey[..., 0], expected) < 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_stored_rotations_are_undone_as_pillow_does(orientation, order, kind):
+    encoded = encode(IMAGE, kind, exif=oriented(orientation, order), quality=95)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    shape = (upright.height, upright.width)
+    assert header(encoded) == (kind, *shape)
+    np.testing.assert_array_equal(load(encoded, (*shape, 3)), np.asarray(upright))
+    assert distance(load(encoded, (*shape, 1))[..., 0], np.asarray(upright.convert("L"))) < 1
+
+
+@pytest.mark.parametrize("fit", ["stretch", "crop"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_regions_are_those_of_the_upright_image(orientation, fit):
+    region = (0.25, 0.5, 0.5, 0.25)
+    encoded = encode(IMAGE, "JPEG", exif=oriented(orientation), quality=95)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    plain = encode(upright, "PNG")
+    shape = (12, 12, 3)
+    assert distance(load(encoded, shape, region, fit), load(plain, shape, region, fit)) < 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_is_passed_over(kind):
+    """Whatever byte of it is wrong, or missing, the pixels are there; nothing warns of it."""
+    exif = oriented(6)
+    square = IMAGE.resize((16, 16))
+
+    def pixels(exif: bytes) -> bytes:
+        encoded = encode(square, kind, exif=exif, lossless=True)
+        assert header(encoded) == (kind, 16, 16)
+        return load(encoded, (16, 16, 3)).tobytes()
+
+    cut = {pixels(exif[:at]) for at in range(6, len(exif))}
+    changed = {pixels(exif[:at] + b"\xff" + exif[at + 1 :]) for at in range(6, len(exif))}
+    # The orientation is read from what is left of it, or taken as upright.
+    assert cut == changed == {pixels(oriented(1)), pixels(oriented(6))}
+
+
+def test_region_is_cut_out_exactly():
+    pixels = load(ENCODED["png"], (30, 20, 3), (0.25, 0.5, 0.5, 0.25))
+    np.testing.assert_array_equal(pixels, picture()[15:45, 40:60])
+
+
+def test_crop_is_the_largest_middle_part_of_the_proportions():
+    pixels = load(ENCODED["png"], (60, 60, 3), fit="crop")
+    np.testing.assert_array_equal(pixels, picture()[:, 10:70])
+    pixels = load(ENCODED["png"], (20, 80, 3), fit="crop")
+    np.testing.assert_array_equal(pixels, picture()[20:40])
+    # A region is one of that part: here its lower right quarter.
+    pixels = load(ENCODED["png"], (30, 30, 3), (0.5, 0.5, 0.5, 0.5), "crop")
+    np.testing.assert_array_equal(pixels, picture()[30:60, 40:70])
+
+
+def test_smallest_region_is_one_pixel():
+    pixels = load(ENCODED["png"], (4, 4, 3), (1.0, 1.0, 0.0, 0.0))
+    np.testing.assert_array_equal(pixels, np.broadcast_to(picture()[-1, -1], (4, 4, 3)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("halvings", [1, 2, 3])
+def test_halving_averages(kind, halvings):
+    """Against Pillow's mean over squares, on noise, which anything but a mean would change."""
+    height, width, factor = 512, 640, 2**halvings
+    noise = np.random.default_rng(0).normal(0, 40, (height, width, 3))
+    large = Image.fromarray((picture(height, width) + noise).clip(0, 255).astype(np.uint8))
+    encoded = encode(large, kind, quality=95, subsampling=0)
+    pixels = load(encoded, (height // factor, width // factor, 3))
+    expected = np.asarray(large.reduce(factor))
+    assert distance(pixels, expected) < 1.5
+    # Each halving rounds halves up.
+    assert abs(pixels.mean() - expected.mean()) < 0.15 * halvings
+    # Not halved, the noise would stay: picking pixels is far off.
+    picked = np.asarray(large)[::factor, ::factor]
+    assert distance(picked, expected) > 15
+
+
+def test_halved_in_the_decoder_or_after_is_the_same_picture():
+    """Sizes that no power of two divides; a region that decides how often."""
+    large = Image.fromarray(picture(731, 1003))
+    for region in ((0, 0, 1, 1), (0.1, 0.2, 0.5, 0.6)):
+        jpeg = load(encode(large, "JPEG", quality=95, subsampling=0), (100, 90, 3), region)
+        assert distance(jpeg, load(encode(large, "PNG"), (100, 90, 3), region)) < 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("size", [(500, 1), (1, 500), (1, 1), (3, 2000)])
+@pytest.mark.parametrize("fit", ["stretch", "crop"])
+def test_thin_images(kind, size, fit):
+    color = (200, 90, 30)
+    pixels = load(encode(Image.new("RGB", size, color), kind, quality=95), (32, 24, 3), fit=fit)
+    assert pixels.shape == (32, 24, 3)
+    assert np.abs(pixels.astype(int) - color).max() <= 4
+
+
+@pytest.mark.parametrize("kind", ENCODED)
+def test_truncated_files_are_told_or_whole(kind):
+    encoded = ENCODED[kind]
+    whole = load(encoded, SHAPE)
+    for tenth in range(10):
+        with pytest.raises(ImageError):
+            load(encoded[: len(encoded) * tenth // 10], SHAPE)
+    for missing in range(1, 40):
+        try:
+            pixels = load(encoded[:-missing], SHAPE)
+        except ImageError:
+            continue
+        # Only what stands behind the pixels was missing.
+        np.testing.assert_array_equal(pixels, whole)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "message"),
+    [
+        (b"", "is empty"),
+        (b"no image " * 20, "is no image of a known format"),
+        (b"<html>404</html>", "is no image of a known format"),
+        (b"\xff\xd8", "cannot be decoded: "),
+        (b"\xff\xd8" + b"garbage" * 50, "cannot be decoded: "),
+        (ENCODED["png"][:8], "is no image of a known format"),
+    ],
+)
+def test_what_is_no_image(encoded, message):
+    for read in (header, lambda encoded: load(encoded, SHAPE)):
+        with pytest.raises(ImageError, match=f"^{message}"):
+            read(encoded)
+
+
+def jpeg_of_size(height: int, width: int) -> bytes:
+    start = ENCODED["jpeg"].index(b"\xff\xc0") + 5
+    return (
+        ENCODED["jpeg"][:start] + struct.pack(">HH", height, width) + ENCODED["jpeg"][start + 4 :]
+    )
+
+
+def png_of_size(height: int, width: int) -> bytes:
+    chunk = b"IHDR" + struct.pack(">II", width, height) + ENCODED["png"][24:29]
+    return ENCODED["png"][:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + ENCODED["png"][33:]
+
+
+@pytest.mark.parametrize("of_size", [jpeg_of_size, png_of_size])
+def test_sizes_that_no_image_has(of_size):
+    for size in ((HEIGHT, 0), (0, WIDTH)):
+        with pytest.raises(ImageError):
+            load(of_size(*size), SHAPE)
+    # Pillow would only warn of the first, and nothing would stop a JPEG.
+    for size in ((10_000, 10_000), (60_000, 60_000)):
+        with pytest.raises(ImageError, match="^has more than 89,478,485 pixels$"):
+            load(of_size(*size), SHAPE)
+
+
+def test_decoders_write_nothing(tmp_path):
+    """In a process of its own, where no warning is an error."""
+    program = """
+import sys
+from aim_flax.data.images import ImageError, load
+for line in sys.stdin:
+    try:
+        load(bytes.fromhex(line), (8, 8, 3))
+    except ImageError:
+        pass
+"""
+    files = [oriented(6)[:at] for at in range(8, 30, 3)]
+    files = [encode(IMAGE, kind, exif=exif) for exif in files for kind in ("JPEG", "PNG", "WEBP")]
+    files += [encode(IMAGE.convert("CMYK"), "JPEG", exif=oriented(6)[:20])]
+    files += [png_of_size(10_000, 10_000), jpeg_of_size(10_000, 10_000)]
+    files += list(ENCODED.values())
+    files += [encoded[: len(encoded) * n // 4] for encoded in ENCODED.values() for n in range(4)]
+    # As cameras do: bytes between the markers.
+    files += [ENCODED["jpeg"].replace(b"\xff\xdb", b"ab\xff\xdb", 1)]
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        input="\n".join(file.hex() for file in files),
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -1,0 +1,303 @@
+"""Images that stream through the host: the same batches however they are loaded."""
+
+import csv
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from aim_flax import config as configs
+from aim_flax import training
+from aim_flax.data.load import load_dataset, open_dataset, prepare
+from aim_flax.data.reading import Reader
+from aim_flax.data.records import EncodedDataset
+from aim_flax.data.streamed import Streamed
+from aim_flax.errors import DataError, InterruptionError, UsageError
+from aim_flax.parallel import Devices
+from aim_flax.restoring import evaluate_run
+from tests.photos import Photos, write_folder
+from tests.test_training import assert_same_end
+
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
+
+CONFIG = str(Path(__file__).parents[1] / "configs" / "image_folder_resnet50.py")
+SHAPE = (8, 8, 3)
+AUGMENT = {"crop": 0.5, "rotation": 0.1, "translation": 0.1, "flip_horizontal": True}
+KINDS = ("pmap", "shard_map")
+
+
+def streamed(splits=None, threads: int = 2, on_error: str = "stop", classes: int = 3) -> Streamed:
+    splits = splits or {"train": Photos(21), "test": Photos(13, seed=100)}
+    names = tuple("abcdef"[:classes])
+    return Streamed(Reader(EncodedDataset(names, splits), SHAPE, on_error=on_error), threads)
+
+
+def folder(directory: Path, *assignments: str):
+    """The real config, with a network small enough for tests."""
+    small = ("data.image_shape=(8,8,3)", "model.stage_sizes=(1,)", "model.width=4")
+    more = ("model.stem=cifar", "schedule.warmup_epochs=0.0")
+    sizes = ("train.batch_size=8", "eval.batch_size=8", "train.epochs=2")
+    config = configs.load(f"{CONFIG}:control")
+    values = (f"data.dir={directory}", *small, *more, *sizes, *assignments)
+    return configs.override(config, values)
+
+
+def train_batches(dataset, seed, start, stop, count=1, kind="pmap", augmentation=None, size=8):
+    """The training batches as the devices see them, in the order of their rows."""
+    devices = Devices(kind, count)
+    batches = dataset.train_batches(devices, size, 255.0, augmentation)
+
+    def on_device(data, seed, step):
+        images, labels = batches.on_device(data, seed, step)(step)
+        return jax.lax.all_gather((images, labels), "batch", tiled=True)
+
+    call = devices.map(on_device, sharded=(0,) if batches.sharded else ())
+    feed = batches.feed(seed, start, stop)
+    found = []
+    for step in range(start, stop):
+        data = feed.at(step)
+        keys = devices.replicate((np.uint32(seed), np.int32(step)))
+        found.append(devices.fetch(call(data, *keys)))
+    feed.close()
+    return found
+
+
+def assert_equal(one, other):
+    assert len(one) == len(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 8])
+def test_batches_are_those_of_the_same_images_in_memory(tmp_path, kind, count):
+    config = folder(write_folder(tmp_path))
+    in_memory = load_dataset(config)
+    by_host = load_dataset(configs.override(config, ["data.in_memory_mb=0.0"]))
+    assert not in_memory.train_batches(Devices(kind, count), 8, 255.0, None).sharded
+    assert by_host.train_batches(Devices(kind, count), 8, 255.0, None).sharded
+    assert_equal(*(train_batches(data, 3, 5, 9, count, kind) for data in (in_memory, by_host)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_batches_depend_on_seed_and_step_alone(threads):
+    """The middle of an epoch, its end and the next one; two whole batches in an epoch of 21."""
+    reference = train_batches(streamed(), 7, 0, 6, augmentation=AUGMENT)
+    assert_equal(
+        train_batches(streamed(threads=threads), 7, 3, 6, augmentation=AUGMENT), reference[3:]
+    )
+    others = [train_batches(streamed(), seed, 0, 2, augmentation=AUGMENT) for seed in (7, 8)]
+    assert (others[0][0][0] != others[1][0][0]).any()
+    assert (reference[0][0] != reference[1][0]).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [2, 8])
+def test_devices_share_the_same_batches(kind, count):
+    with_contrast = AUGMENT | {"contrast": 0.3}
+    reference = train_batches(streamed(), 1, 1, 3, augmentation=with_contrast)
+    for one, other in zip(
+        train_batches(streamed(), 1, 1, 3, count, kind, with_contrast), reference, strict=True
+    ):
+        np.testing.assert_allclose(one[0], other[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(one[1], other[1])
+
+
+def test_epoch_visits_each_image_at_most_once():
+    batches = train_batches(streamed({"train": Photos(24), "test": Photos(3)}), 0, 3, 6)
+    images = np.concatenate([images for images, _ in batches])
+    assert len(np.unique(images.reshape(24, -1), axis=0)) == 24
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("batch_size", "count"), [(4, 1), (5, 8), (64, 2)])
+def test_evaluation_counts_each_image_once(kind, batch_size, count):
+    devices = Devices(kind, count)
+    batches = streamed().eval_batches(devices, "test", batch_size, 1.0)
+
+    def on_device(data):
+        return jax.lax.all_gather(batches.on_device(data), "batch", tiled=True)
+
+    call = devices.map(on_device, sharded=(0,))
+    found = [devices.fetch(call(data)) for data in batches]
+    images, labels, counted, left_out = (
+        np.concatenate(parts) for parts in zip(*found, strict=True)
+    )
+    assert counted.sum() == batches.examples == 13
+    assert not left_out.any()
+    photos = Photos(13, seed=100)
+    np.testing.assert_array_equal(labels[counted], photos.labels)
+    reader = Reader(EncodedDataset(("a", "b", "c"), {"test": photos}), SHAPE)
+    expected = np.stack([reader.read("test", i)[0] for i in range(13)])
+    np.testing.assert_array_equal(images[counted], expected)
+
+
+DAMAGE = {
+    "truncated": lambda encoded: encoded[:-60],
+    "garbage": lambda encoded: b"no image at all" * 20,
+    "empty": lambda encoded: b"",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_damaged_image_stops_and_is_named(kind, threads):
+    photos = Photos(21)
+    photos.encoded[9] = DAMAGE[kind](photos.encoded[9])
+    dataset = streamed({"train": photos, "test": photos}, threads)
+    with pytest.raises(DataError, match=r"^photo 9 .*data.on_error=skip leaves") as error:
+        train_batches(dataset, 0, 0, 4)
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=r"^photo 9 "):
+        list(dataset.eval_batches(Devices("pmap", 1), "test", 8, 1.0))
+
+
+def test_damaged_image_is_replaced_in_training_and_left_out_of_evaluation(capsys):
+    photos = Photos(120)
+    photos.encoded[9] = b""
+    dataset = streamed({"train": photos, "test": photos}, on_error="skip")
+    batches = train_batches(dataset, 0, 0, 15)
+    images = np.concatenate([images for images, _ in batches]).reshape(120, -1)
+    distinct, counts = np.unique(images, axis=0, return_counts=True)
+    assert len(distinct) == 119
+    assert sorted(counts)[-2:] == [1, 2]
+    evaluation = dataset.eval_batches(Devices("pmap", 1), "test", 50, 1.0)
+    status = [(b["counted"], b["left_out"]) for b in evaluation]
+    counted, left_out = (
+        np.concatenate([np.ravel(x) for x in s]) for s in zip(*status, strict=True)
+    )
+    assert counted.sum() == 119
+    assert left_out.sum() == 1
+    assert left_out[9]
+    assert dataset.skipped == {"train": {9}, "test": {9}}
+    assert capsys.readouterr().err == "left out: photo 9 is empty\n" * 2
+
+
+def test_more_than_one_in_a_hundred_stops():
+    photos = Photos(120)
+    photos.encoded[9] = photos.encoded[77] = b""
+    dataset = streamed({"train": photos, "test": photos}, on_error="skip")
+    message = (
+        r"^2 of 120 images of the split 'train' can't be read, more than 1%; the last one: photo"
+    )
+    with pytest.raises(DataError, match=message):
+        train_batches(dataset, 0, 0, 15)
+
+
+def test_label_out_of_range_is_named():
+    with pytest.raises(DataError, match="photo [258].* has the label 2, expected 0 to 1"):
+        train_batches(streamed(classes=2), 0, 0, 2)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("photographs"))
+
+
+def losses(workdir: Path) -> list[float]:
+    with (workdir / "metrics.csv").open() as file:
+        return [float(row["train_loss"]) for row in csv.DictReader(file)]
+
+
+def test_streamed_run_learns_as_the_one_in_memory(tmp_path, photographs):
+    config = folder(photographs, "augment.crop=1.0", "augment.flip_horizontal=false")
+    with config.unlocked():
+        config.augment = None
+    summaries = {}
+    for name, megabytes in (("memory", "100.0"), ("streamed", "0.0")):
+        limited = configs.override(config, [f"data.in_memory_mb={megabytes}"])
+        summaries[name] = training.run(limited, tmp_path / name, 1, quiet=True)
+    np.testing.assert_allclose(
+        losses(tmp_path / "memory"), losses(tmp_path / "streamed"), rtol=1e-5
+    )
+    for summary in summaries.values():
+        assert summary["test_examples"] == 21
+        assert summary["skipped_images"] == 0
+        assert 0 <= summary["data_wait_share"] <= 1
+
+
+def test_interrupted_streamed_run_goes_on_bit_equal(tmp_path, photographs):
+    """In mid-epoch, and with another number of threads."""
+    config = folder(photographs, "data.in_memory_mb=0.0", "data.threads=1")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    training.run(config, whole, 1, quiet=True)
+    original = training._Run._check_finite
+
+    def interrupt(self, losses, first_step):
+        original(self, losses, first_step)
+        if first_step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Run, "_check_finite", interrupt)
+        with pytest.raises(InterruptionError, match="saved at step 10"):
+            training.run(config, parts, 1, quiet=True)
+    training.run(configs.override(config, ["data.threads=3"]), parts, 1, quiet=True)
+    assert_same_end(whole, parts)
+
+
+def test_run_stops_at_a_damaged_image_and_goes_on_once_it_is_repaired(tmp_path):
+    directory = write_folder(tmp_path / "photographs")
+    config = folder(directory, "data.in_memory_mb=0.0")
+    file = directory / "val" / "class1" / "0004.png"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-40])
+    with pytest.raises(DataError, match=r"val/class1/0004.png cannot be decoded"):
+        training.run(config, tmp_path / "run", 1, quiet=True)
+    file.write_bytes(whole)
+    summary = training.run(config, tmp_path / "run", 1, quiet=True)
+    assert summary["epochs"] == 2
+
+
+@pytest.mark.parametrize("megabytes", ["0.0", "100.0"])
+def test_skipped_images_are_in_the_summary(tmp_path, megabytes, capsys):
+    directory = write_folder(tmp_path / "photographs", train=102, test=120)
+    (directory / "test" / "class0" / "0000.png").write_bytes(b"")
+    (directory / "train" / "class1" / "0001.png").write_bytes(b"garbage")
+    config = folder(
+        directory, f"data.in_memory_mb={megabytes}", "data.on_error=skip", "train.epochs=1"
+    )
+    summary = training.run(config, tmp_path / "run", 1, quiet=True)
+    assert summary["skipped_images"] == 2
+    assert summary["test_examples"] == 119
+    evaluation = evaluate_run(tmp_path / "run", device_count=1)
+    assert evaluation.count == 119
+    assert capsys.readouterr().err.count("test/class0/0000.png is empty") == 2
+
+
+def test_dataset_moved_elsewhere_is_found_by_a_flag(tmp_path, photographs):
+    config = folder(photographs, "train.epochs=1")
+    training.run(config, tmp_path / "run", 1, quiet=True)
+    moved = write_folder(tmp_path / "moved")
+    evaluation = evaluate_run(tmp_path / "run", "best", "test", 1, [f"data.dir={moved}"])
+    assert evaluation.count == 21
+    again = configs.override(config, [f"data.dir={moved}"])
+    assert training.run(again, tmp_path / "run", 1, quiet=True)["test_examples"] == 21
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["data.name=folders"], r"data.name is 'folders', .*did you mean 'folder'"),
+        (["data.dir="], "data.dir is empty, expected a folder"),
+        (["data.fit=croop"], "data.fit is 'croop', .*did you mean 'crop'"),
+        (["data.on_error=go"], "data.on_error is 'go', expected one of stop, skip"),
+        (["data.threads=0"], "data.threads is 0, expected at least 1"),
+        (["data.image_shape=(8,8,4)"], "expected height, width, and 3 channels or 1"),
+        (["model.num_classes=7"], "num_classes is 7, but folder has 3 classes"),
+    ],
+)
+def test_wrong_data_options_are_one_line(photographs, assignments, message, tmp_path):
+    with pytest.raises(UsageError, match=message) as error:
+        training.run(folder(photographs, *assignments), tmp_path / "run", 1)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prepare_decodes_up_to_the_limit(photographs):
+    """93 images of 192 bytes: 17,856 bytes."""
+    for megabytes, kind in ((17_856 / 2**20, "InMemory"), (17_855 / 2**20, "Streamed")):
+        config = folder(photographs, f"data.in_memory_mb={megabytes}")
+        assert type(prepare(open_dataset(config), config)).__name__ == kind
