@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 
 from aim_flax import training
 from aim_flax.restoring import restore_run
+from tests.photos import write_folder
+from tests.test_streamed import CONFIG, folder, losses, small
 from tests.test_training import DIGITS, ROOT, SMALL, digits
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion", "quick_compile")]
@@ -29,12 +32,12 @@ def free_job() -> str:
     raise RuntimeError("no free port")
 
 
-def start(workdir: Path, *flags: str) -> list[subprocess.Popen]:
+def start(config: str, workdir: Path, flags: Sequence[str]) -> list[subprocess.Popen]:
     job = free_job()
     return [
         subprocess.Popen(
-            [sys.executable, ROOT / "train.py", "--config", f"{DIGITS}:aim_state"]
-            + [f"--config.{a}" for a in (*SMALL, *flags)]
+            [sys.executable, ROOT / "train.py", "--config", config]
+            + [f"--config.{a}" for a in flags]
             + ["--workdir", workdir, "--distributed"],
             env=os.environ
             | {
@@ -58,7 +61,8 @@ def start(workdir: Path, *flags: str) -> list[subprocess.Popen]:
 @pytest.mark.parametrize("kind", ["pmap", "shard_map"])
 def test_two_processes_train_as_one_and_stop_together(tmp_path, kind):
     flags = (*FLAGS, f"parallel={kind}")
-    first, second = start(tmp_path / "two", *flags)
+    command = (f"{DIGITS}:aim_state", tmp_path / "two", (*SMALL, *flags))
+    first, second = start(*command)
     for line in iter(first.stdout.readline, ""):
         if line.startswith("step"):
             break
@@ -68,7 +72,7 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path, kind):
     assert "saved at step" in output, output
     assert first.returncode == second.returncode == 128 + signal.SIGTERM
 
-    processes = start(tmp_path / "two", *flags)
+    processes = start(*command)
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "resuming" in outputs[0]
@@ -76,9 +80,26 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path, kind):
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["steps"] == 152
 
     training.run(digits("aim_state", *flags), tmp_path / "one", 4, quiet=True)
-    rows = [
-        np.genfromtxt(tmp_path / run / "metrics.csv", delimiter=",", names=True)["train_loss"]
-        for run in ("one", "two")
-    ]
-    np.testing.assert_allclose(rows[1][:2], rows[0][:2], rtol=1e-5)
+    one, two = (losses(tmp_path / run) for run in ("one", "two"))
+    np.testing.assert_allclose(two[:2], one[:2], rtol=1e-5)
     assert restore_run(tmp_path / "two", "latest").step == 152
+
+
+@pytest.mark.parametrize("kind", ["pmap", "shard_map"])
+def test_each_process_reads_its_share_of_what_streams(tmp_path, kind):
+    """A damaged image is read, and reported, by one of them alone."""
+    photographs = write_folder(tmp_path / "photographs", train=120)
+    (photographs / "train" / "class1" / "0001.png").write_bytes(b"garbage")
+    flags = ("data.in_memory_mb=0.0", "data.on_error=skip", "train.epochs=1", f"parallel={kind}")
+    values = (*small(photographs), *flags)
+    processes = start(f"{CONFIG}:control", tmp_path / "two", values)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sorted(output.count("left out:") for output in outputs) == [0, 1]
+
+    summary = training.run(folder(photographs, *flags), tmp_path / "one", 4, quiet=True)
+    assert summary["skipped_images"] == 1
+    both = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert both["skipped_images"] == 1
+    assert both["test_examples"] == 21
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)

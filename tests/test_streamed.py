@@ -35,14 +35,16 @@ def streamed(splits=None, threads: int = 2, on_error: str = "stop", classes: int
     return Streamed(Reader(EncodedDataset(names, splits), SHAPE, on_error=on_error), threads)
 
 
-def folder(directory: Path, *assignments: str):
-    """The real config, with a network small enough for tests."""
-    small = ("data.image_shape=(8,8,3)", "model.stage_sizes=(1,)", "model.width=4")
+def small(directory: Path) -> tuple[str, ...]:
+    """What makes the real config's network and batches small enough for tests."""
+    network = ("data.image_shape=(8,8,3)", "model.stage_sizes=(1,)", "model.width=4")
     more = ("model.stem=cifar", "schedule.warmup_epochs=0.0")
     sizes = ("train.batch_size=8", "eval.batch_size=8", "train.epochs=2")
-    config = configs.load(f"{CONFIG}:control")
-    values = (f"data.dir={directory}", *small, *more, *sizes, *assignments)
-    return configs.override(config, values)
+    return (f"data.dir={directory}", *network, *more, *sizes)
+
+
+def folder(directory: Path, *assignments: str):
+    return configs.override(configs.load(f"{CONFIG}:control"), (*small(directory), *assignments))
 
 
 def train_batches(dataset, seed, start, stop, count=1, kind="pmap", augmentation=None, size=8):
