@@ -31,6 +31,7 @@ def get_config(arm: str = "aim") -> ConfigDict:
     config.data.fit = "stretch"  # or crop: how other proportions are brought to the shape
     config.data.val_fraction = 0.1  # of train, held out where there is no validation split
     config.data.test_fraction = 0.2  # of a folder without any splits
+    config.data.train_images = placeholder(int)  # None: all; else a fixed choice of so many
     config.data.in_memory_mb = 1024.0  # decode all images at once up to so many MiB, else stream
     config.data.threads = 4  # that decode
     config.data.on_error = "stop"  # or skip: leave damaged images out, and count them

@@ -12,6 +12,7 @@ The article's figures, one run each: 20.06 % with memory, 328 s an epoch; 15.14 
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 ARMS = (
     "published",
@@ -43,6 +44,7 @@ def get_config(arm: str = "published") -> ConfigDict:
     # Of train, held out where there is no validation split; the author held out nothing.
     config.data.val_fraction = 0.0 if arm in ("published", "control") else 0.1
     config.data.test_fraction = 0.2  # of a folder without any splits
+    config.data.train_images = placeholder(int)  # None: all; else a fixed choice of so many
     config.data.in_memory_mb = 1024.0  # decode all images at once up to so many MiB, else stream
     config.data.threads = 4  # that decode
     config.data.on_error = "stop"  # or skip: leave damaged images out, and count them

@@ -8,6 +8,7 @@ after the first four pooling stages.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 ARMS = ("control", "aim")
 
@@ -28,6 +29,7 @@ def get_config(arm: str = "control") -> ConfigDict:
     config.data.fit = "stretch"  # or crop: how other proportions are brought to the shape
     config.data.val_fraction = 0.1  # of train, held out where there is no validation split
     config.data.test_fraction = 0.2  # of a folder without any splits
+    config.data.train_images = placeholder(int)  # None: all; else a fixed choice of so many
     config.data.in_memory_mb = 1024.0  # decode all images at once up to so many MiB, else stream
     config.data.threads = 4  # that decode
     config.data.on_error = "stop"  # or skip: leave damaged images out, and count them

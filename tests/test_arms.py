@@ -21,6 +21,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 # Depth and width only: the patterns, the kinds of memory and all else stay as they are.
 SMALLER = {
     "digits_mlp": ["model.features=(16,16)"],
+    "small_resnet": ["model.stage_sizes=(2,2,1,1)", "model.width=4", "model.num_classes=5"],
     "stanford_dogs_resnet50": ["model.stage_sizes=(2,1,1,1)", "model.width=4"],
     "cifar10_resnet": ["model.stage_sizes=(2,1,1,1)", "model.width=4"],
     "cifar10_vgg16": ["model.widths=(4,4,8,8,8)", "model.dense_sizes=(16,16)"],

@@ -68,6 +68,21 @@ COUNTS = {
     "cifar10_resnet:control": (13_958_986, 30_848),
     "cifar10_resnet:aim_no_update": (13_958_986 + 187_392 + 4_096, 30_848),
     "cifar10_resnet:aim": (13_958_986 + 187_392 + 4_096 + 316_800, 30_848 + 3 * 128),
+    # Bottleneck blocks with biases, stages of width 16 to 128. A memory of 2·2·256 has 4, 16, 64
+    # and 256 channels on maps of 16, 8, 4 and 2 pixels; reads of conv1: 4·16 + 4·16 + 4·32 + 16·32
+    # + 16·64 + 64·64 + 64·128 + 256·128 = 46,848; updates 25,344 + 36,288 + 61,632 = 123,264. A
+    # memory of a 1x1 convolution: 256·256 + 256.
+    "small_resnet:control": (888_170, 7_712),
+    "small_resnet:control_stride1": (888_170, 7_712),
+    "small_resnet:published": (888_170 + 46_848 + 123_264 + 2 * 65_792, 7_712 + 384),
+    "small_resnet:aim": (888_170 + 46_848 + 123_264 + 1_024, 7_712 + 384),
+    "small_resnet:aim_no_update": (888_170 + 46_848 + 1_024, 7_712),
+    "small_resnet:aim_state": (888_170 + 46_848 + 123_264 + 1_024, 7_712 + 384),
+    # At stride 2 it has four times the channels.
+    "small_resnet:aim_stride2": (
+        888_170 + 4 * 46_848 + 123_264 + 9 * 16 * (12 + 48 + 192) + 1_024,
+        7_712 + 384,
+    ),
     # torchvision's vgg16_bn without its classifier: 14,723,136. Batch norm after flattening 1,024,
     # dense layers 2·(512·512 + 512), head 5,130.
     "cifar10_vgg16:control": (14_723_136 + 1_024 + 525_312 + 5_130, 9_472),
@@ -98,7 +113,8 @@ def test_counts(arm):
     name, _, word = arm.partition(":")
     config = configs.load(f"{CONFIGS / name}.py:{word}")
     if config.model.num_classes is None:
-        config = configs.override(config, ["model.num_classes=81"])
+        classes = 10 if name == "small_resnet" else 81
+        config = configs.override(config, [f"model.num_classes={classes}"])
     text = describe(config)
     (total,) = [line.split() for line in text.splitlines() if line.startswith("total")]
     assert tuple(int(n.replace(",", "")) for n in total[1:]) == COUNTS[arm]

@@ -1,6 +1,7 @@
 """What README and the project's files say is true."""
 
 import csv
+import importlib
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from scipy.stats import ttest_rel
 from aim_flax import cli, table
 from aim_flax.errors import UsageError
 from aim_flax.report import write_csv, write_json
+from tests.photos import write_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -37,13 +39,36 @@ def test_python_in_readme_runs():
     assert {path[0].key for path, _ in paths} == {"layers_0", "layers_2", "memory"}
 
 
-def test_commands_in_readme_name_files_and_flags_that_exist(capsys):
+def test_commands_in_readme_name_files_and_flags_that_exist(capsys, tmp_path):
+    photographs = write_folder(tmp_path, train=6, val=3, test=3)
     for command in re.findall(r"python train\.py (--config \S+)(.*)", README):
         config = command[0].replace("$arm", "aim")
-        flags = command[1].replace("$seed", "0").replace("--describe", "").split()
+        flags = command[1].replace("$seed", "0").replace("--describe", "")
+        flags = flags.replace("=DIR", f"={photographs}").split()
         if "runs" not in command[1]:
             cli.train([*config.split(), *flags, "--describe"])
-    assert "digits_mlp:aim_direct" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "digits_mlp:aim_direct" in output
+    assert "image_folder_resnet50:aim" in output
+
+
+def test_modules_that_readme_runs_explain_themselves(capsys):
+    modules = set(re.findall(r"python -m (aim_flax\.[\w.]+)", README))
+    assert len(modules) >= 5
+    for module in modules:
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module(module).main(["--help"])
+        assert end.value.code == 0
+        assert module in capsys.readouterr().out
+
+
+def test_tests_named_in_the_data_page_exist():
+    page = (ROOT / "docs" / "data.md").read_text()
+    sources = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    names = re.findall(r"::(test_\w+)|`(test_\w+)`", page)
+    assert len(names) >= 6
+    for name in map("".join, names):
+        assert f"def {name}(" in sources
 
 
 def test_links_lead_to_files():

@@ -282,6 +282,7 @@ def test_dataset_moved_elsewhere_is_found_by_a_flag(tmp_path, photographs):
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
+        (["data.train_images=61"], "data.train_images is 61, expected 1 to 60, or None for all"),
         (["data.name=folders"], r"data.name is 'folders', .*did you mean 'folder'"),
         (["data.dir="], "data.dir is empty, expected a folder"),
         (["data.fit=croop"], "data.fit is 'croop', .*did you mean 'crop'"),
@@ -296,6 +297,24 @@ def test_wrong_data_options_are_one_line(photographs, assignments, message, tmp_
         training.run(folder(photographs, *assignments), tmp_path / "run", 1)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_subset_of_the_training_images_is_the_same_for_each_seed(photographs):
+    whole = load_dataset(folder(photographs)).splits
+    subsets = [
+        load_dataset(folder(photographs, "data.train_images=20", f"seed={seed}")).splits
+        for seed in (0, 1)
+    ]
+    assert {name: len(split) for name, split in subsets[0].items()} == {
+        "train": 20,
+        "val": 12,
+        "test": 21,
+    }
+    np.testing.assert_array_equal(subsets[0]["train"].images, subsets[1]["train"].images)
+    available = {image.tobytes() for image in whole["train"].images}
+    chosen = {image.tobytes() for image in subsets[0]["train"].images}
+    assert len(chosen) == 20
+    assert chosen < available
 
 
 def test_prepare_decodes_up_to_the_limit(photographs):

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from aim_flax.data.digits import load_digits
 from aim_flax.data.in_memory import InMemory, Split
-from aim_flax.data.records import EncodedDataset
+from aim_flax.data.records import EncodedDataset, Subset
 from aim_flax.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from aim_flax.data.streamed import Streamed
 
 _TFDS = "tfds:"
+# Which training images a subset has never depends on a run's seed, so that runs compare.
+_SUBSET_SEED = 0
 
 
 def load_dataset(config: ConfigDict) -> "InMemory | Streamed":
@@ -48,7 +50,7 @@ def open_dataset(config: ConfigDict) -> "InMemory | Reader":
             raise UsageError(
                 f"data.image_shape is {shape}, expected height, width, and 3 channels or 1 (grey)"
             )
-        encoded = _read_encoded(data)
+        encoded = _subset(_read_encoded(data), data.train_images)
         from aim_flax.data.reading import Reader
 
         dataset = Reader(encoded, shape, data.fit, data.on_error)
@@ -108,6 +110,20 @@ def _read_encoded(data: ConfigDict) -> EncodedDataset:
         f"data.name is {data.name!r}, expected digits, folder or {_TFDS}NAME"
         + nearest(data.name, ["digits", "folder"])
     )
+
+
+def _subset(dataset: EncodedDataset, train_images: int | None) -> EncodedDataset:
+    """Returns a dataset with so many training images, the same ones for every run."""
+    if train_images is None:
+        return dataset
+    available = len(dataset.splits["train"])
+    if not 1 <= train_images <= available:
+        raise UsageError(
+            f"data.train_images is {train_images}, expected 1 to {available}, or None for all"
+        )
+    chosen = np.random.default_rng(_SUBSET_SEED).permutation(available)[:train_images]
+    train = Subset(dataset.splits["train"], np.sort(chosen))
+    return EncodedDataset(dataset.classes, {**dataset.splits, "train": train})
 
 
 def _decode_all(reader: "Reader", threads: int) -> InMemory:
