@@ -7,17 +7,18 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-_SECONDS_BETWEEN_LINES = 0.5
-
 
 class Reporter:
-    """Reports on a run of `total` steps; with `quiet`, only what `say` is told."""
+    """Reports on a run of `total` steps; with `quiet`, only what `say` is told.
 
-    def __init__(self, total: int, start: int, quiet: bool = False):
-        self._total = total
+    Off a terminal there are at least `seconds` between two lines.
+    """
+
+    def __init__(self, total: int, start: int, quiet: bool = False, seconds: float = 0.5):
+        self._total, self._seconds = total, seconds
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
         self._progress = None
-        self._quiet = quiet
+        self.quiet = quiet
         self._last_line = -float("inf")
         self._start, self._started = start, None
         if self._console.is_terminal and not quiet:
@@ -51,9 +52,14 @@ class Reporter:
         else:
             print(message, flush=True)
 
-    def advance(self, step: int, metrics: dict[str, float]) -> None:
+    def skip(self, steps: int) -> None:
+        """Notes steps that an earlier try has done: they tell nothing of the time left."""
+        self._start += steps
+
+    def advance(self, step: int, metrics: dict[str, float], label: str = "") -> None:
         """Shows the state after a step, if it's time for a line."""
-        description = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        shown = [f"{name} {value:.4f}" for name, value in metrics.items()]
+        description = " ".join([label, *shown] if label else shown)
         if self._progress:
             self._progress.update(self._task, completed=step, description=description)
             return
@@ -61,8 +67,8 @@ class Reporter:
         if self._started is None:
             # Not at the start: the first call's time is mostly compilation.
             self._start, self._started = step, now
-        due = now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total
-        if self._quiet or not due:
+        due = now - self._last_line >= self._seconds or step == self._total
+        if self.quiet or not due:
             return
         self._last_line = now
         done = step - self._start
@@ -71,6 +77,28 @@ class Reporter:
             seconds = (now - self._started) / done * (self._total - step)
             left = f", {seconds:.0f} s left"
         print(f"step {step}/{self._total}: {description}{left}", flush=True)
+
+
+class Part:
+    """A part of a longer work: what `training` reports to, where it trains one of many runs."""
+
+    def __init__(self, reporter: Reporter, label: str, before: int, runs: int, received: list[int]):
+        """`before` steps were done before it; each step of its is one of `runs` runs. A signal on
+        `received` ends the whole work."""
+        self.received = received
+        self._reporter, self._label, self._before, self._runs = reporter, label, before, runs
+
+    def begin(self, step: int) -> None:
+        """Notes that an earlier try has come as far as `step`."""
+        self._reporter.skip(step * self._runs)
+
+    def say(self, message: str) -> None:
+        """Prints a line, unless the reporter is quiet."""
+        if not self._reporter.quiet:
+            self._reporter.say(message)
+
+    def advance(self, step: int, metrics: dict[str, float]) -> None:
+        self._reporter.advance(self._before + step * self._runs, metrics, self._label)
 
 
 def fail(message: str) -> None:

@@ -9,7 +9,15 @@ class UsageError(ValueError):
 
 
 class DivergenceError(RuntimeError):
-    """The loss became NaN or infinite."""
+    """The loss became NaN or infinite.
+
+    Attributes:
+      step: the first step, from 1, of such a loss.
+    """
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 class DataError(RuntimeError):

@@ -1,18 +1,19 @@
 """Evaluation of a whole split, used alike in training and by eval.py."""
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from scipy.stats import binomtest
 
 from aim_flax.parallel import AXIS, Devices
-from aim_flax.steps import eval_step
 
 if TYPE_CHECKING:
     from aim_flax.data import in_memory, streamed
@@ -25,11 +26,14 @@ class Evaluation:
     Attributes:
       loss: mean cross-entropy.
       confusion: (classes, classes) int, examples of each true (row) and predicted class (column).
+      is_correct: (images,) bool, in the split's order, whether an image's class was predicted;
+        False for images that were left out.
       skipped: number of images that can't be read and were left out.
     """
 
     loss: float
     confusion: np.ndarray
+    is_correct: np.ndarray
     skipped: int = 0
 
     @property
@@ -58,14 +62,21 @@ def build_evaluate(
 ) -> Callable[[Any], Evaluation]:
     """Returns variables -> Evaluation of all batches of a split, a compiled call per batch.
 
+    Args:
+      model: `model.apply(variables, images, train=False)` gives logits; of a Linen module or
+        `interventions.Choosable`.
+
     The evaluation raises RuntimeError if any example was neither counted once nor left out.
     """
 
     def on_device(sums, variables, data):
         images, labels, counted, left_out = batches.on_device(data)
-        new = eval_step(model, variables, images, labels, counted, num_classes)
+        logits = model.apply(variables, images, train=False)
+        new, is_correct = _score(logits, labels, counted, num_classes)
         new["skipped"] = left_out.sum(dtype=jnp.int32)
-        return jax.tree.map(jnp.add, sums, jax.lax.psum(new, AXIS))
+        sums = jax.tree.map(jnp.add, sums, jax.lax.psum(new, AXIS))
+        # Each device has consecutive rows, so this is the order of the batch.
+        return sums, jax.lax.all_gather(is_correct, AXIS, tiled=True)
 
     # Not a loop within one program: XLA on CPU computes convolutions in loops several times slower.
     sharded = (2,) if batches.sharded else ()
@@ -78,16 +89,43 @@ def build_evaluate(
     }
 
     def evaluate(variables: Any) -> Evaluation:
-        sums = devices.replicate(zero)
+        sums, is_correct = devices.replicate(zero), []
         for data in batches:
-            sums = add_batch(sums, variables, data)
-        sums = devices.fetch(sums)
+            sums, of_batch = add_batch(sums, variables, data)
+            is_correct.append(of_batch)
+        sums, is_correct = devices.fetch((sums, is_correct))
         count, skipped = int(sums["count"]), int(sums["skipped"])
         if not (count == sums["confusion"].sum() and count + skipped == batches.examples):
             raise RuntimeError(f"{count} of {batches.examples} examples were evaluated")
-        return Evaluation(float(sums["loss"]) / count, sums["confusion"], skipped)
+        is_correct = np.concatenate(is_correct)[: batches.examples]
+        return Evaluation(float(sums["loss"]) / count, sums["confusion"], is_correct, skipped)
 
     return evaluate
+
+
+def _score(
+    logits: jax.Array, labels: jax.Array, counted: jax.Array, num_classes: int
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Returns sums over the examples of a batch that count, and which were predicted correctly.
+
+    Args:
+      logits: (B, num_classes) float32.
+      labels: (B,) int32.
+      counted: (B,) bool, False for padding.
+
+    Returns:
+      loss: () float32, summed cross-entropy; confusion: (classes, classes) int32; count: () int32.
+      (B,) bool, False for padding.
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    predicted = logits.argmax(-1)
+    confusion = jnp.zeros((num_classes, num_classes), jnp.int32)
+    sums = {
+        "loss": jnp.where(counted, losses, 0.0).sum(),
+        "confusion": confusion.at[labels, predicted].add(counted.astype(jnp.int32)),
+        "count": counted.sum(dtype=jnp.int32),
+    }
+    return sums, (predicted == labels) & counted
 
 
 def memory_use(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, dict[str, Any]]:
@@ -101,7 +139,8 @@ def memory_use(model: nn.Module, variables: Any, images: jax.Array) -> dict[str,
     """
     _, recorded = model.apply(variables, images, train=False, mutable=["intermediates"])
     kinds = {"memory_use": "read", "memory_update_use": "update"}
-    uses = {}
+    # In the order of the calls; of a plain dict, jax.jit would return the keys sorted.
+    uses = OrderedDict()
     for path, calls in flatten_dict(recorded.get("intermediates", {})).items():
         if path[-1] in kinds:
             name = f"{kinds[path[-1]]} {'/'.join(path[:-1])}"

@@ -1,5 +1,6 @@
 """The parts of a run, built and checked from its config, and its compiled programs."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from aim_flax.build import build_model
 from aim_flax.config import flatten
 from aim_flax.data.augment import check_options
+from aim_flax.data.in_memory import InMemory
 from aim_flax.data.load import open_dataset, prepare, with_classes
 from aim_flax.data.order import steps_per_epoch
 from aim_flax.errors import UsageError, check_choice
@@ -33,8 +35,19 @@ class Experiment:
       abstract_state: shapes and dtypes of the training state.
     """
 
-    def __init__(self, config: ConfigDict, device_count: int | None = None):
+    def __init__(
+        self,
+        config: ConfigDict,
+        device_count: int | None = None,
+        dataset: InMemory | None = None,
+    ):
         """Builds the parts; nothing is compiled, written or put on a device yet.
+
+        Args:
+          config: the experiment.
+          device_count: how many devices to use; None for all.
+          dataset: that of an experiment with the same groups `data` and `eval`, to be used again;
+            None: the one that the config names is read.
 
         Raises:
           UsageError: the config, or a part of it, can't be run.
@@ -50,7 +63,7 @@ class Experiment:
                 " share equally"
             )
         check_options(config.augment or {})
-        dataset = open_dataset(config)
+        dataset = dataset or open_dataset(config)
         self.config = config = with_classes(config, dataset.classes)
         self.model = build_model(config, axis_name=AXIS)
         # Finds a memory that doesn't fit the network before images are read, or files written.
@@ -73,16 +86,33 @@ class Experiment:
         )
         most = self.train_batches.steps_per_call or config.train.steps_per_call
         self.steps_per_call = min(config.train.steps_per_call, most)
+        self._programs: dict[tuple, Callable] = {}
+
+    def with_seed(self, seed: int) -> "Experiment":
+        """Returns the same experiment with another seed; both share their compiled programs."""
+        other = copy.copy(self)
+        other.config = copy.deepcopy(self.config)
+        with other.config.unlocked():
+            other.config.seed = seed
+        return other
+
+    def program(self, key: tuple, build: Callable[[], Callable]) -> Callable:
+        if key not in self._programs:
+            self._programs[key] = build()
+        return self._programs[key]
 
     def initial_state(self) -> TrainState:
         """Returns the state at step 0, numpy arrays."""
+        create = self.program(("initial_state",), self._initial_state)
+        return jax.tree.map(np.asarray, create(seed=self.config.seed))
+
+    def _initial_state(self) -> Callable:
         # It runs once, and on CPU optimising its many random draws takes longer than that saves.
         cpu = jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": 0} if cpu else None
         image_shape = tuple(self.config.data.image_shape)
         create = partial(create_state, self.model, self.optimizer, image_shape=image_shape)
-        create = jax.jit(create, compiler_options=options)
-        return jax.tree.map(np.asarray, create(seed=self.config.seed))
+        return jax.jit(create, compiler_options=options)
 
     def train_call(self, length: int) -> Callable:
         """Returns `length` steps, all within one epoch, as a program of all devices.
@@ -91,6 +121,14 @@ class Experiment:
         `train_batches.feed` has for the first step, and the rest is replicated. The state that goes
         in is given up.
         """
+        return self.program(("train", length), lambda: self._train_call(length))
+
+    def _train_call(self, length: int) -> Callable:
+        sharded = (1,) if self.train_batches.sharded else ()
+        return self.devices.map(self.steps_on_device(length), donate=(0,), sharded=sharded)
+
+    def steps_on_device(self, length: int) -> Callable:
+        """Returns what one device computes of `train_call`."""
 
         def on_device(state, data, seed):
             batch = self.train_batches.on_device(data, seed, state.step)
@@ -107,25 +145,36 @@ class Experiment:
                 return state, jax.tree.map(lambda metric: metric[None], metrics)
             return jax.lax.scan(body, state, length=length)
 
-        sharded = (1,) if self.train_batches.sharded else ()
-        return self.devices.map(on_device, donate=(0,), sharded=sharded)
+        return on_device
 
     def evaluate(self, split: str) -> Callable[[Any], Evaluation]:
         """Returns replicated variables -> Evaluation of a split."""
-        batches = self.dataset.eval_batches(
+        return self.program(("evaluate", split), lambda: self._evaluate(split))
+
+    def _evaluate(self, split: str) -> Callable[[Any], Evaluation]:
+        batches = self.eval_batches(split)
+        return build_evaluate(self.model, self.devices, batches, len(self.dataset.classes))
+
+    def eval_batches(self, split: str) -> Any:
+        """Returns the batches of a split, in its order."""
+        return self.dataset.eval_batches(
             self.devices, split, self.config.eval.batch_size, self.config.data.scale
         )
-        return build_evaluate(self.model, self.devices, batches, len(self.dataset.classes))
 
     def memory_probe(self) -> Callable[[Any], dict[str, dict[str, float]]]:
         """Returns replicated variables -> the use of memory on the first selection batch."""
         if self.config.memory is None:
             return lambda variables: {}
+        images = self.probe_images()
+        use = self.program(("probe",), lambda: jax.jit(partial(memory_use, self.model)))
+        return lambda variables: jax.tree.map(float, use(self.devices.local(variables), images))
+
+    def probe_images(self) -> np.ndarray:
+        """Returns the first selection batch, (at most eval.batch_size, H, W, C) float32."""
         split, count = self.config.eval.select_on, self.config.eval.batch_size
         images = self.dataset.first_images(split, count).astype(np.float32)
         images /= self.config.data.scale
-        use = jax.jit(partial(memory_use, self.model))
-        return lambda variables: jax.tree.map(float, use(self.devices.local(variables), images))
+        return images
 
 
 def abstract_state(config: ConfigDict, model: nn.Module) -> TrainState:

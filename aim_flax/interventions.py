@@ -5,12 +5,17 @@ an example another example's, shows by how much the accuracy hangs on it: causal
 the norms that a read records are only a correlation.
 """
 
+import dataclasses
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from aim_flax.errors import UsageError, check_choice
-from aim_flax.latch import OWN_NAMES, AiM, compile_patterns
+from aim_flax.latch import OWN_NAMES, AiM, Alteration, compile_patterns
 from aim_flax.memory import fixed_key
 
 
@@ -49,7 +54,8 @@ _ALTERATIONS = {
     "noise": _noise,
     "reset": _reset,
 }
-KINDS = (*_ALTERATIONS, "no_write")
+READ_KINDS = tuple(_ALTERATIONS)
+KINDS = (*READ_KINDS, "no_write")
 
 
 def intervene(model: nn.Module, kind: str, at: str = ".*") -> AiM:
@@ -116,3 +122,78 @@ def layers(model: AiM, *args: jax.Array | jax.ShapeDtypeStruct) -> tuple[list[st
     ]
     updates = ["/".join(n[:-1]) for n in called.values() if n[-1] == "memory_update"]
     return reads, updates
+
+
+def matching(
+    model: nn.Module, at: str, *args: jax.Array | jax.ShapeDtypeStruct
+) -> tuple[list[str], list[str]]:
+    """Returns which of the paths that `layers` lists `at` matches.
+
+    Raises:
+      UsageError: as `intervene` does, also where `at` matches neither a read nor an update.
+    """
+    keep = intervene(model, "keep", at)
+    found = tuple([p for p in paths if re.fullmatch(at, p)] for paths in layers(model, *args))
+    if not any(found):
+        layers(keep, *args)  # raises, naming the reads
+    return found
+
+
+def reads_per_example(model: AiM, *args: jax.Array | jax.ShapeDtypeStruct) -> set[str]:
+    """Returns the paths of the layers that find a memory of each example's own.
+
+    The others find one that is the same for the whole batch, so that "mean" and "shuffle" change
+    nothing there, and "reset" only takes away what was carried.
+
+    Args:
+      *args: as for `layers`, with at least two examples.
+    """
+    found = set()
+
+    def look(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
+        if m.shape[0] > 1:
+            found.add(path)
+        return m
+
+    jax.eval_shape(_altering(model, look).init, jax.random.key(0), *args)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Choosable:
+    """A network whose reads are altered as its variables say: one program for all interventions.
+
+    Attributes:
+      model: a latched network.
+      reads: the paths of its layers that read, see `layers`.
+    """
+
+    model: AiM
+    reads: tuple[str, ...]
+
+    def choose(self, kind: str, paths: set[str]) -> dict[str, np.ndarray]:
+        """Returns the variables with which the reads `paths` find `kind`, one of READ_KINDS."""
+        kinds = [kind if path in paths else "keep" for path in self.reads]
+        return {"interventions": np.array([READ_KINDS.index(k) for k in kinds], np.int32)}
+
+    def apply(self, variables: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Applies the network to its own variables and those of `choose`."""
+        own = {name: value for name, value in variables.items() if name != "interventions"}
+
+        def alter(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
+            def branch(alteration):
+                def altered(m, weights):
+                    found = alteration(m, weights, batch_size, path)
+                    # Of one shape, which noise has for each example.
+                    return jnp.broadcast_to(found, (batch_size, *m.shape[1:]))
+
+                return altered
+
+            index = variables["interventions"][self.reads.index(path)]
+            return jax.lax.switch(index, [branch(a) for a in _ALTERATIONS.values()], m, weights)
+
+        return _altering(self.model, alter).apply(own, *args, **kwargs)
+
+
+def _altering(model: AiM, alteration: Alteration) -> AiM:
+    return model.clone(alter_read=(*model.alter_read, (".*", alteration)))

@@ -86,8 +86,10 @@ class Events:
             tag = f"{split}/{metric}" if split in ("train", "val") else column
             self._writer.add_scalar(tag, row[column], row["step"])
         for layer, norms in row["memory_use"].items():
-            ratio = norms["share"] / norms["own"] if norms["own"] else float("nan")
-            self._writer.add_scalar(f"memory_use/{layer}", ratio, row["step"])
+            # Of nothing there is no share, and of a NaN tensorboardX would warn at every epoch.
+            if norms["own"]:
+                ratio = norms["share"] / norms["own"]
+                self._writer.add_scalar(f"memory_use/{layer}", ratio, row["step"])
 
 
 def plot_history(path: Path, history: History, title: str) -> None:
@@ -114,7 +116,7 @@ def plot_history(path: Path, history: History, title: str) -> None:
         axis.set(xlabel="epoch", ylabel=what)
         axis.legend()
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _cuts(rates: Sequence[float]) -> list[int]:
@@ -122,30 +124,55 @@ def _cuts(rates: Sequence[float]) -> list[int]:
     return [i for i in range(1, len(rates)) if 0 < rates[i] <= rates[i - 1] / 2]
 
 
-def plot_memory_use(path: Path, history: History, title: str) -> None:
-    """Plots the memory's share of each layer that reads it, and the change by each update."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
+def plot_memory_use(path: Path, history: History, title: str, step: int | None = None) -> None:
+    """Plots the memory's share of each layer that reads it, and the change by each update.
+
+    A bar per layer for one epoch, in the order of the history, and beside it a line in the same
+    colour over all epochs. A layer whose own output is 0 has neither.
+
+    Args:
+      step: at whose end the bars stand, that of the best checkpoint; None: the last epoch's.
+    """
+    row = history[-1] if step is None else next(r for r in history if r["step"] == step)
     labels = {
         "read": "memory's share of the layer / layer's own output",
         "update": "change of the memory / memory before",
     }
-    for axis, kind in zip(axes, labels, strict=True):
-        layers = [layer for layer in history[0]["memory_use"] if layer.startswith(f"{kind} ")]
-        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(len(layers), 1)))
-        for layer, color in zip(layers, colors, strict=False):
-            uses = [row["memory_use"][layer] for row in history]
-            ratios = [use["share"] / use["own"] if use["own"] else np.nan for use in uses]
-            name = layer.removeprefix(f"{kind} ")
-            axis.plot([row["epoch"] for row in history], ratios, label=name, color=color)
-        axis.set(xlabel="epoch", ylabel="ratio of L2 norms", title=labels[kind])
-        axis.set_ylim(bottom=0)
-        if layers:
-            axis.legend(fontsize=8 if len(layers) < 10 else 5, ncols=1 + len(layers) // 12)
-        else:
-            axis.text(0.5, 0.5, f"no {kind}s", ha="center", transform=axis.transAxes)
+    layers = {
+        kind: [layer for layer in row["memory_use"] if layer.startswith(f"{kind} ")]
+        for kind in labels
+    }
+    layers = {kind: of_kind for kind, of_kind in layers.items() if of_kind}
+    heights = [1.2 + max(1.0, 0.2 * len(of_kind)) for of_kind in layers.values()]
+    figure = Figure(figsize=(11, 0.6 + sum(heights)), layout="constrained")
+    rows = figure.subplots(len(layers), 2, squeeze=False, height_ratios=heights)
+    for (bars, lines), (kind, of_kind) in zip(rows, layers.items(), strict=True):
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(of_kind)))
+        ratios = [_ratio(row["memory_use"][layer]) for layer in of_kind]
+        names = [layer.removeprefix(f"{kind} ") for layer in of_kind]
+        places = np.arange(len(of_kind))
+        bars.barh(places, ratios, color=colors)
+        bars.set_yticks(places, names, fontsize=8)
+        for place in places[np.isnan(ratios)]:
+            bars.text(0, place, " no share: own norm is 0", va="center", fontsize=8)
+        bars.set(
+            xlabel=f"ratio of L2 norms after epoch {row['epoch']}",
+            ylim=(len(of_kind) - 0.5, -0.5),
+        )
+        bars.set_title(labels[kind], fontsize=10)
+        bars.set_xlim(left=0)
+        epochs = [r["epoch"] for r in history]
+        for layer, color in zip(of_kind, colors, strict=True):
+            lines.plot(epochs, [_ratio(r["memory_use"][layer]) for r in history], color=color)
+        lines.axvline(row["epoch"], color="grey", linestyle=":", linewidth=1)
+        lines.set(xlabel="epoch", ylabel="ratio of L2 norms")
+        lines.set_ylim(bottom=0)
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def _ratio(norms: dict[str, float]) -> float:
+    return norms["share"] / norms["own"] if norms["own"] else np.nan
 
 
 def plot_confusion(path: Path, evaluation: Evaluation, classes: Sequence[str], title: str) -> None:
@@ -166,10 +193,11 @@ def plot_confusion(path: Path, evaluation: Evaluation, classes: Sequence[str], t
     axis.set_xticks(ticks, classes, rotation=90, fontsize=min(9, 400 / len(classes)))
     axis.set_yticks(ticks, classes, fontsize=min(9, 400 / len(classes)))
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=120)
     os.replace(temporary, path)

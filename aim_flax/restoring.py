@@ -1,14 +1,17 @@
 """From a run's workdir alone to its network, its weights and their evaluation."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from aim_flax import report
+from aim_flax import effects, report
 from aim_flax.build import build_model
 from aim_flax.checkpoint import Checkpoints
 from aim_flax.config import override
@@ -16,6 +19,7 @@ from aim_flax.data.load import load_dataset
 from aim_flax.errors import UsageError
 from aim_flax.evaluation import Evaluation, build_evaluate
 from aim_flax.experiment import abstract_state
+from aim_flax.interventions import Choosable, intervene, layers, matching
 from aim_flax.parallel import Devices
 from aim_flax.workdir import read_json
 
@@ -72,35 +76,84 @@ def restore_run(workdir: str | Path, checkpoint: str | int = "best") -> Restored
     return Restored(config, model, variables, int(state.step))
 
 
-def evaluate_run(
-    workdir: str | Path,
-    checkpoint: str | int = "best",
-    split: str = "test",
-    device_count: int | None = None,
-    overrides: Sequence[str] = (),
-) -> Evaluation:
-    """Evaluates a checkpoint of a run, prints the result and writes it into the workdir.
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A checkpoint of a run with the split that it is to be evaluated on; variables replicated."""
 
-    Writes `eval_<split>.json` and `confusion_<split>.png`. Arguments and errors are those of
-    `restore_run`; `split` is "train", "val" or "test"; `overrides` are "key=value" of the config,
-    as `config.override` takes them, for what concerns the data or the evaluation.
-    """
-    workdir = Path(workdir)
-    restored = restore_run(workdir, checkpoint)
+    restored: Restored
+    split: str
+    classes: tuple[str, ...]
+    devices: Devices
+    batches: Any
+    variables: dict[str, Any]
+
+    def build(self, model: nn.Module | Choosable) -> Callable[[dict[str, Any]], Evaluation]:
+        """Returns what evaluates a network: the checkpoint's variables are added to those given."""
+        evaluate = build_evaluate(model, self.devices, self.batches, len(self.classes))
+        return lambda variables: evaluate({**self.variables, **self.devices.replicate(variables)})
+
+    @property
+    def title(self) -> str:
+        config = self.restored.config
+        return f"{config.name}:{config.arm}, seed {config.seed}, {self.split} split"
+
+
+def _open(
+    restored: Restored, split: str, device_count: int | None, overrides: Sequence[str]
+) -> _Opened:
     config = override(restored.config, overrides)
     dataset = load_dataset(config)
     if split not in dataset.sizes:
         raise UsageError(f"no split {split!r}; there are: {', '.join(dataset.sizes)}")
     devices = Devices(config.parallel, device_count)
     batches = dataset.eval_batches(devices, split, config.eval.batch_size, config.data.scale)
-    evaluate = build_evaluate(restored.model, devices, batches, len(dataset.classes))
-    evaluation = evaluate(devices.replicate(restored.variables))
+    variables = devices.replicate(restored.variables)
+    return _Opened(restored, split, dataset.classes, devices, batches, variables)
+
+
+def evaluate_run(
+    workdir: str | Path,
+    checkpoint: str | int = "best",
+    split: str = "test",
+    device_count: int | None = None,
+    overrides: Sequence[str] = (),
+    memory: str = "keep",
+    at: str = ".*",
+) -> Evaluation:
+    """Evaluates a checkpoint of a run, prints the result and writes it into the workdir.
+
+    Writes `eval_<split>.json` and `confusion_<split>.png`, with an altered memory
+    `eval_<split>_<memory>.json` and `confusion_<split>_<memory>.png`.
+
+    Args:
+      workdir, checkpoint: as for `restore_run`.
+      split: "train", "val" or "test".
+      device_count: how many devices to use; None for all.
+      overrides: "key=value" of the config, as `config.override` takes them, for what concerns the
+        data or the evaluation.
+      memory, at: how and where the memory is altered, see `interventions.intervene`.
+
+    Raises:
+      UsageError: as `restore_run` and `intervene` do; no such split or number of devices.
+    """
+    workdir = Path(workdir)
+    restored = restore_run(workdir, checkpoint)
+    model, altered, suffix = restored.model, "", ""
+    where = "everywhere" if at == ".*" else f"at {at!r}"
+    if memory != "keep":
+        model = intervene(model, memory, at)
+        layers(model, _images(restored.config))  # for its errors, before data are loaded
+        altered, suffix = f", with altered memory ({memory} {where})", f"_{memory}"
+    opened = _open(restored, split, device_count, overrides)
+    evaluation = opened.build(model)({})
     low, high = evaluation.accuracy_interval()
-    classes = report.per_class(evaluation, dataset.classes)
+    classes = report.per_class(evaluation, opened.classes)
     result = {
         "split": split,
         "checkpoint": checkpoint,
         "step": restored.step,
+        "memory": memory,
+        "at": at,
         "examples": evaluation.count,
         "skipped": evaluation.skipped,
         "loss": evaluation.loss,
@@ -110,19 +163,75 @@ def evaluate_run(
         "classes": classes,
         "confusion": evaluation.confusion.tolist(),
     }
-    try:
-        report.write_json(workdir / f"eval_{split}.json", result)
-        title = f"{config.name}:{config.arm}, seed {config.seed}, {split} split"
+    with _writing(workdir):
+        report.write_json(workdir / f"eval_{split}{suffix}.json", result)
         report.plot_confusion(
-            workdir / f"confusion_{split}.png", evaluation, dataset.classes, title
+            workdir / f"confusion_{split}{suffix}.png",
+            evaluation,
+            opened.classes,
+            opened.title + altered,
         )
-    except OSError as error:
-        raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
     print(report.class_table(classes))
-    left_out = f" ({evaluation.skipped} left out)" if evaluation.skipped else ""
     print(
-        f"{workdir}, step {restored.step}, {split} split, {evaluation.count} images{left_out}: loss"
-        f" {evaluation.loss:.4f}, accuracy {evaluation.accuracy:.2%} (95 % interval {low:.2%} to"
-        f" {high:.2%})"
+        f"{_heading(workdir, opened, evaluation)}{altered}: loss {evaluation.loss:.4f}, accuracy"
+        f" {evaluation.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%})"
     )
     return evaluation
+
+
+def evaluate_interventions(
+    workdir: str | Path,
+    checkpoint: str | int = "best",
+    split: str = "test",
+    device_count: int | None = None,
+    overrides: Sequence[str] = (),
+    at: str = ".*",
+    per_layer: bool = False,
+) -> effects.Effects:
+    """Compares a checkpoint of a run with itself under every intervention on its memory.
+
+    Prints a Markdown table and writes `interventions_<split>.json` and `.csv`, with `per_layer`
+    also `.png`. Other arguments and errors are those of `evaluate_run`; `at` and `per_layer` are
+    those of `effects.measure`.
+    """
+    workdir = Path(workdir)
+    restored = restore_run(workdir, checkpoint)
+    images = _images(restored.config)
+    matching(restored.model, at, images)  # for its errors, before data are loaded
+    opened = _open(restored, split, device_count, overrides)
+    measured = effects.measure(restored.model, images, opened.build, at, per_layer)
+    where = "" if at == ".*" else f", reads and updates that match {at!r}"
+    context = {
+        "split": split,
+        "checkpoint": checkpoint,
+        "step": restored.step,
+        "at": at,
+        "examples": measured.keep.count,
+        "skipped": measured.keep.skipped,
+    }
+    with _writing(workdir):
+        effects.write(workdir, split, measured, context, opened.title + where)
+    print(f"{_heading(workdir, opened, measured.keep)}, with altered memory{where}:\n")
+    print(effects.table(measured))
+    return measured
+
+
+def _images(config: ConfigDict) -> jax.ShapeDtypeStruct:
+    """Returns the shape of images of which there are several, as interventions need them."""
+    return jax.ShapeDtypeStruct((2, *config.data.image_shape), np.float32)
+
+
+def _heading(workdir: Path, opened: _Opened, evaluation: Evaluation) -> str:
+    left_out = f" ({evaluation.skipped} left out)" if evaluation.skipped else ""
+    return (
+        f"{workdir}, step {opened.restored.step}, {opened.split} split, {evaluation.count}"
+        f" images{left_out}"
+    )
+
+
+@contextlib.contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{workdir} is not writable: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""What one device computes: the training step, the evaluation step and their state.
+"""What one device computes: the training step and its state.
 
 Everything is pure: a step depends on its state, its batch and keys that are folded from the
 run's seed and the step's number, so a run can be continued from its state alone. With an
@@ -115,32 +115,3 @@ def train_step(
         opt_state=opt_state,
     )
     return state, metrics
-
-
-def eval_step(
-    model: nn.Module,
-    variables: Any,
-    images: jax.Array,
-    labels: jax.Array,
-    mask: jax.Array,
-    num_classes: int,
-) -> dict[str, jax.Array]:
-    """Returns sums over the examples of a batch that `mask` counts.
-
-    Args:
-      images: (B, H, W, C) float32.
-      labels: (B,) int32.
-      mask: (B,) bool, False for padding.
-
-    Returns:
-      loss: () float32, summed cross-entropy. confusion: (classes, classes) int32, the number of
-      examples of each true class (row) and predicted class (column). count: () int32.
-    """
-    logits = model.apply(variables, images, train=False)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    confusion = jnp.zeros((num_classes, num_classes), jnp.int32)
-    return {
-        "loss": jnp.where(mask, losses, 0.0).sum(),
-        "confusion": confusion.at[labels, logits.argmax(-1)].add(mask.astype(jnp.int32)),
-        "count": mask.sum(dtype=jnp.int32),
-    }

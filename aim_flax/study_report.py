@@ -198,7 +198,7 @@ def _plot_curves(
         axis.set(xlabel="epoch", ylabel=label)
     axes[0].legend()
     figure.suptitle(title)
-    report._save(figure, path)
+    report.save_figure(figure, path)
 
 
 def _plot_arm(
@@ -263,7 +263,7 @@ def _plot_differences(
     axis.set_ylim(len(compared) - 0.5, -0.5)
     axis.set(xlabel=f"test accuracy − that of {reference}, same seed (percentage points)")
     axis.set_title(f"{title}: seeds (dots), mean and 95 % interval (black)", fontsize=10)
-    report._save(figure, path)
+    report.save_figure(figure, path)
 
 
 def _colors(arms: Iterable[str]) -> dict[str, Any]:

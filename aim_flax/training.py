@@ -15,13 +15,15 @@ from ml_collections import ConfigDict
 
 from aim_flax import report
 from aim_flax.checkpoint import Checkpoints
-from aim_flax.console import Reporter
+from aim_flax.console import Part, Reporter
 from aim_flax.errors import DataError, DivergenceError, InterruptionError
 from aim_flax.evaluation import Evaluation
 from aim_flax.experiment import Experiment
 from aim_flax.parallel import any_process, union_size
 from aim_flax.schedules import best_epoch, plateau_cuts, select_epoch, should_stop
 from aim_flax.workdir import claim, read_json, versions
+
+EPOCH_SHOWN = ("train_loss", "train_accuracy", "val_accuracy")
 
 
 def run(
@@ -45,14 +47,23 @@ def run(
       DataError: an image can't be read; the state is saved.
       InterruptionError: SIGTERM or Ctrl-C; the state is saved.
     """
-    workdir = Path(workdir)
-    experiment = Experiment(config, device_count)
+    return train(Experiment(config, device_count), Path(workdir), quiet)
+
+
+def train(
+    experiment: Experiment, workdir: Path, quiet: bool, part: Part | None = None
+) -> dict[str, Any]:
+    """Does what `run` does for an experiment that is built.
+
+    Args:
+      part: reports on progress in place of a reporter of the run's own.
+    """
     claim(workdir, experiment.config)
     if (workdir / "summary.json").is_file():
         if not quiet:
             print(f"{workdir} holds this run, finished")
         return read_json(workdir / "summary.json")
-    return _Run(experiment, workdir, quiet).train()
+    return _Run(experiment, workdir, quiet, part).train()
 
 
 @dataclasses.dataclass
@@ -84,13 +95,18 @@ class Progress:
     def accuracies(self) -> list[float]:
         return [row["val_accuracy"] for row in self.history]
 
+    @property
+    def wait_share(self) -> float | None:
+        """The share of training time that went into waiting for data."""
+        return self.waited_seconds / self.timed_seconds if self.timed_seconds else None
+
 
 class _Run:
     """One try at a run: from its latest checkpoint, or from the start, to its end."""
 
-    def __init__(self, experiment: Experiment, workdir: Path, quiet: bool):
+    def __init__(self, experiment: Experiment, workdir: Path, quiet: bool, part: Part | None):
         self.experiment, self.config, self.workdir = experiment, experiment.config, workdir
-        self.devices, self.quiet = experiment.devices, quiet
+        self.devices, self.quiet, self.part = experiment.devices, quiet, part
         self.checkpoints = Checkpoints(workdir / "checkpoints")
         state, self.progress = self._start()
         for split, indices in self.progress.skipped.items():
@@ -121,8 +137,17 @@ class _Run:
         probe = experiment.memory_probe()
         calls: dict[int, Callable] = {}
         events = report.Events(self.workdir, self.step)
-        reporter = Reporter(experiment.total_steps, self.step, self.quiet)
-        with _signals() as received, events, reporter, contextlib.closing(feed):
+        if self.part:
+            self.part.begin(self.step)
+            reporting = contextlib.nullcontext(self.part)
+        else:
+            reporting = Reporter(experiment.total_steps, self.step, self.quiet)
+        with (
+            signals(self.part and self.part.received) as received,
+            events,
+            reporting as reporter,
+            contextlib.closing(feed),
+        ):
             while not self._done():
                 left_in_epoch = experiment.epoch_steps - self.step % experiment.epoch_steps
                 length = min(experiment.steps_per_call, left_in_epoch)
@@ -156,15 +181,10 @@ class _Run:
                 if stop and not self._done():
                     self.checkpoints.close()
                     # Another process may have been the one to get it.
-                    signum = received[0] if received else signal.SIGTERM
-                    raise InterruptionError(
-                        f"{signal.Signals(signum).name}: saved at step {self.step}; the same"
-                        " command goes on from there",
-                        signum,
-                    )
+                    raise interruption(received[0] if received else signal.SIGTERM, self.step)
             summary = self._finish()
             if not self.quiet:
-                reporter.say(_one_line(summary))
+                reporter.say(one_line(summary))
         return summary
 
     def _data(self, feed: Any) -> Any:
@@ -190,50 +210,30 @@ class _Run:
 
     def _check_finite(self, losses: Sequence[float], first_step: int) -> None:
         """Raises DivergenceError if the loss of one of these consecutive steps is not finite."""
-        for step, loss in enumerate(losses, start=first_step):
-            if not math.isfinite(loss):
-                self.checkpoints.wait()
-                steps = self.checkpoints.steps
-                self.checkpoints.close()
-                kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "none saved"
-                epoch = (step - 1) // self.experiment.epoch_steps + 1
-                raise DivergenceError(f"loss {loss} at step {step} (epoch {epoch}); {kept}")
+        step = first_not_finite(losses, first_step)
+        if step is not None:
+            self.checkpoints.wait()
+            steps = self.checkpoints.steps
+            self.checkpoints.close()
+            kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "none saved"
+            epoch = (step - 1) // self.experiment.epoch_steps + 1
+            loss = losses[step - first_step]
+            raise DivergenceError(f"loss {loss} at step {step} (epoch {epoch}); {kept}", step)
 
     def _finish_epoch(
         self, select: Callable[[Any], Evaluation], probe: Callable
     ) -> dict[str, float]:
         """Evaluates, adds a row to the history, and lets a plateau cut the learning rate."""
-        config, progress, epoch_steps = self.config, self.progress, self.experiment.epoch_steps
         variables = {"params": self.state.params, **self.state.model_state}
         selection = select(variables)
         self._check_finite([selection.loss], self.step)
         scale = float(self.devices.fetch(self.state.learning_rate_scale))
-        row = {
-            "epoch": self.step // epoch_steps,
-            "step": self.step,
-            "learning_rate": float(self.experiment.schedule(self.step - 1)) * scale,
-            "train_loss": progress.epoch_sums["loss"] / epoch_steps,
-            "train_accuracy": progress.epoch_sums["accuracy"] / epoch_steps,
-            "val_loss": selection.loss,
-            "val_accuracy": selection.accuracy,
-            "memory_use": probe(variables),
-        }
-        progress.history.append(row)
-        progress.epoch_sums = dict.fromkeys(progress.epoch_sums, 0.0)
-        if config.train.stop_patience is None:
-            losses = [row["val_loss"] for row in progress.history]
-            best = select_epoch(progress.accuracies, losses)
-        else:
-            best = best_epoch(progress.accuracies, config.train.stop_min_delta)
-        progress.best_step = best * epoch_steps
-        schedule = config.schedule
-        if schedule.plateau_patience is not None:
-            cuts = plateau_cuts(
-                progress.accuracies, schedule.plateau_patience, schedule.plateau_min_delta
-            )
-            scale = np.float32(schedule.plateau_factor ** len(cuts))
+        add_epoch(self.experiment, self.progress, self.step, scale, selection, probe(variables))
+        if self.config.schedule.plateau_patience is not None:
+            scale = plateau_scale(self.config, self.progress)
             self.state = self.state.replace(learning_rate_scale=self.devices.replicate(scale))
-        return {name: row[name] for name in ("train_loss", "train_accuracy", "val_accuracy")}
+        row = self.progress.history[-1]
+        return {name: row[name] for name in EPOCH_SHOWN}
 
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self.started
@@ -245,7 +245,7 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def _write_epoch(self, events: report.Events) -> None:
-        events.write(self.progress.history[-1], self._wait_share())
+        events.write(self.progress.history[-1], self.progress.wait_share)
         if jax.process_index() == 0:
             report.write_metrics(self.workdir, self.progress.history)
 
@@ -257,64 +257,120 @@ class _Run:
         self.checkpoints.close()
         variables = self.devices.replicate({"params": best.params, **best.model_state})
         test = self.experiment.evaluate("test")(variables)
-        summary = self._summarize(best, test)
+        summary = summarize(self.experiment, self.progress, best, test)
         if jax.process_index() == 0:
-            config, history = self.config, self.progress.history
-            title = f"{config.name}:{config.arm}, seed {config.seed}"
-            report.write_metrics(self.workdir, history)
-            report.plot_history(self.workdir / "history.png", history, title)
-            if config.memory is not None:
-                report.plot_memory_use(self.workdir / "memory_use.png", history, title)
-            # Last, for its presence says that the run is finished.
-            report.write_json(self.workdir / "summary.json", summary)
+            write_results(self.workdir, self.config, self.progress.history, summary)
         return summary
 
-    def _wait_share(self) -> float | None:
-        """Returns the share of training time that went into waiting for data."""
-        timed = self.progress.timed_seconds
-        return self.progress.waited_seconds / timed if timed else None
 
-    def _summarize(self, best: Any, test: Evaluation) -> dict[str, Any]:
-        config, progress = self.config, self.progress
-        low, high = test.accuracy_interval()
-        row = next(row for row in progress.history if row["step"] == progress.best_step)
-        timed = progress.timed_seconds
-        rate = round(progress.timed_examples / timed, 1) if timed else None
-        waited = self._wait_share()
-        return {
-            "name": config.name,
-            "arm": config.arm,
-            "seed": config.seed,
-            "test_accuracy": test.accuracy,
-            "test_accuracy_low": low,
-            "test_accuracy_high": high,
-            "test_loss": test.loss,
-            "test_examples": test.count,
-            "skipped_images": sum(
-                union_size(indices, self.experiment.dataset.records[split])
-                for split, indices in self.experiment.dataset.skipped.items()
-            ),
-            "val_accuracy": row["val_accuracy"],
-            "val_loss": row["val_loss"],
-            "selected_on": config.eval.select_on,
-            "best_step": progress.best_step,
-            "steps": self.step,
-            "epochs": len(progress.history),
-            "params": _size(best.params),
-            "batch_stats": _size(best.model_state.get("batch_stats", {})),
-            "memory_floats": 0 if config.memory is None else math.prod(config.memory.shape),
-            "train_seconds": round(progress.seconds, 3),
-            "examples_per_second": rate,
-            "data_wait_share": None if waited is None else round(waited, 4),
-            "device": f"{self.devices.count} x {jax.devices()[0].device_kind}",
-            "versions": versions(),
+def first_not_finite(losses: Sequence[float], first_step: int) -> int | None:
+    """Returns the first of these consecutive steps with a loss that is NaN or infinite, or None."""
+    steps = enumerate(losses, start=first_step)
+    return next((step for step, loss in steps if not math.isfinite(loss)), None)
+
+
+def add_epoch(
+    experiment: Experiment,
+    progress: Progress,
+    step: int,
+    learning_rate_scale: float,
+    selection: Evaluation,
+    memory_use: dict[str, dict[str, float]],
+) -> None:
+    """Adds the row of the epoch that ends with `step` to a run's history, and finds the best."""
+    config, epoch_steps = experiment.config, experiment.epoch_steps
+    progress.history.append(
+        {
+            "epoch": step // epoch_steps,
+            "step": step,
+            "learning_rate": float(experiment.schedule(step - 1)) * learning_rate_scale,
+            "train_loss": progress.epoch_sums["loss"] / epoch_steps,
+            "train_accuracy": progress.epoch_sums["accuracy"] / epoch_steps,
+            "val_loss": selection.loss,
+            "val_accuracy": selection.accuracy,
+            "memory_use": memory_use,
         }
+    )
+    progress.epoch_sums = dict.fromkeys(progress.epoch_sums, 0.0)
+    if config.train.stop_patience is None:
+        losses = [row["val_loss"] for row in progress.history]
+        best = select_epoch(progress.accuracies, losses)
+    else:
+        best = best_epoch(progress.accuracies, config.train.stop_min_delta)
+    progress.best_step = best * epoch_steps
+
+
+def plateau_scale(config: ConfigDict, progress: Progress) -> np.float32:
+    """Returns what the plateaus so far have left of the schedule's learning rate."""
+    schedule = config.schedule
+    cuts = plateau_cuts(progress.accuracies, schedule.plateau_patience, schedule.plateau_min_delta)
+    return np.float32(schedule.plateau_factor ** len(cuts))
+
+
+def summarize(
+    experiment: Experiment, progress: Progress, best: Any, test: Evaluation
+) -> dict[str, Any]:
+    """Returns the summary of a run that has come to its end.
+
+    Args:
+      best: the training state of its best epoch.
+      test: what that made of the test split.
+    """
+    config = experiment.config
+    low, high = test.accuracy_interval()
+    row = next(row for row in progress.history if row["step"] == progress.best_step)
+    timed, waited = progress.timed_seconds, progress.wait_share
+    return {
+        "name": config.name,
+        "arm": config.arm,
+        "seed": config.seed,
+        "test_accuracy": test.accuracy,
+        "test_accuracy_low": low,
+        "test_accuracy_high": high,
+        "test_loss": test.loss,
+        "test_examples": test.count,
+        "skipped_images": sum(
+            union_size(indices, experiment.dataset.records[split])
+            for split, indices in experiment.dataset.skipped.items()
+        ),
+        "val_accuracy": row["val_accuracy"],
+        "val_loss": row["val_loss"],
+        "selected_on": config.eval.select_on,
+        "best_step": progress.best_step,
+        "steps": progress.history[-1]["step"],
+        "epochs": len(progress.history),
+        "params": _size(best.params),
+        "batch_stats": _size(best.model_state.get("batch_stats", {})),
+        "memory_floats": 0 if config.memory is None else math.prod(config.memory.shape),
+        "train_seconds": round(progress.seconds, 3),
+        "examples_per_second": round(progress.timed_examples / timed, 1) if timed else None,
+        "data_wait_share": None if waited is None else round(waited, 4),
+        "device": f"{experiment.devices.count} x {jax.devices()[0].device_kind}",
+        "versions": versions(),
+    }
+
+
+def write_results(
+    workdir: Path, config: ConfigDict, history: report.History, summary: dict[str, Any]
+) -> None:
+    """Writes what a finished run leaves beside its checkpoints and events."""
+    title = f"{config.name}:{config.arm}, seed {config.seed}"
+    report.write_metrics(workdir, history)
+    report.plot_history(workdir / "history.png", history, title)
+    if config.memory is not None:
+        report.plot_memory_use(workdir / "memory_use.png", history, title)
+    # Last, for its presence says that the run is finished.
+    report.write_json(workdir / "summary.json", summary)
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Yields a list that a first SIGTERM or Ctrl-C is put on; a second one acts as usual."""
-    received: list[int] = []
+def signals(received: list[int] | None = None) -> Iterator[list[int]]:
+    """Yields a list that a first SIGTERM or Ctrl-C is put on; a second one acts as usual.
+
+    Args:
+      received: the list; None: a new one.
+    """
+    received = [] if received is None else received
     previous: dict[int, Any] = {}
 
     def restore() -> None:
@@ -336,11 +392,18 @@ def _signals() -> Iterator[list[int]]:
         restore()
 
 
+def interruption(signum: int, step: int) -> InterruptionError:
+    name = signal.Signals(signum).name
+    return InterruptionError(
+        f"{name}: saved at step {step}; the same command goes on from there", signum
+    )
+
+
 def _size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _one_line(summary: dict[str, Any]) -> str:
+def one_line(summary: dict[str, Any]) -> str:
     return (
         f"{summary['name']}:{summary['arm']} seed {summary['seed']}: test accuracy"
         f" {summary['test_accuracy']:.2%} ({summary['test_accuracy_low']:.2%} to"

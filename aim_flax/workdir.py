@@ -15,7 +15,7 @@ from aim_flax.config import differing_keys, flatten, to_json
 from aim_flax.errors import UsageError
 
 # What a run may go on with changed, its results the same.
-_NOT_OF_THE_RUN = ("data.dir", "data.threads")
+NOT_OF_THE_RUN = ("data.dir", "data.threads")
 
 
 def default_workdir(config: ConfigDict) -> Path:
@@ -46,17 +46,21 @@ def _code_version() -> str:
     return f"{version}+{commit}{'.changed' if changed else ''}"
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
-    """Makes the workdir this run's own, or raises UsageError and leaves it as it was."""
+def differences(there: ConfigDict, here: ConfigDict) -> str:
+    """Returns in which keys two configs differ, of those that a result depends on, or ""."""
+    keys = [key for key in differing_keys(there, here) if key not in NOT_OF_THE_RUN]
+    old, new = flatten(there), flatten(here)
+    return ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in keys)
+
+
+def check_claim(workdir: Path, config: ConfigDict) -> None:
+    """Raises UsageError unless the workdir is this run's, or free to become it."""
     saved = workdir / "config.json"
     if saved.is_file():
         other = ConfigDict(read_json(saved))
-        differing = [k for k in differing_keys(other, config) if k not in _NOT_OF_THE_RUN]
-        if differing:
-            old, new = flatten(other), flatten(config)
-            changes = (f"{k} ({old.get(k)!r} there, {new.get(k)!r} here)" for k in differing)
+        if changes := differences(other, config):
             raise UsageError(
-                f"{workdir} holds a run of another config, which differs in {', '.join(changes)};"
+                f"{workdir} holds a run of another config, which differs in {changes};"
                 " choose another --workdir"
             )
         if not os.access(workdir, os.W_OK):
@@ -66,6 +70,12 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             raise UsageError(f"{workdir} is a file, expected a directory")
         if any(not file.name.startswith(".") for file in workdir.iterdir()):
             raise UsageError(f"{workdir} is not empty and holds no run; choose another --workdir")
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes the workdir this run's own, or raises UsageError and leaves it as it was."""
+    check_claim(workdir, config)
+    saved = workdir / "config.json"
     if jax.process_index() != 0:
         return
     try:

@@ -1,6 +1,8 @@
 """Every example is counted exactly once, and eval.py finds what training found."""
 
+import csv
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +10,18 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from aim_flax import AiM, Memory, report, restoring, training
+from aim_flax import AiM, Memory, cli, effects, intervene, report, restoring, training
 from aim_flax import config as configs
+from aim_flax.comparison import holm
 from aim_flax.data.digits import load_digits
 from aim_flax.data.in_memory import EvalBatches, Split
+from aim_flax.effects import Effect
 from aim_flax.errors import UsageError
 from aim_flax.evaluation import Evaluation, build_evaluate, memory_use
+from aim_flax.interventions import READ_KINDS, Choosable, layers, matching, reads_per_example
+from aim_flax.models.mlp import MLP
 from aim_flax.parallel import Devices
+from tests.test_latch_contract import random_variables
 from tests.test_training import digits
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
@@ -52,10 +59,19 @@ def test_padding_is_not_counted(kind, count, batch_size, devices):
     losses = log_sum - logits[np.arange(count), examples.labels]
     assert evaluation.loss == pytest.approx(losses.mean(), rel=1e-5)
     assert evaluation.count == count
+    # Image by image, whatever the devices and the size of the batches.
+    np.testing.assert_array_equal(evaluation.is_correct, (means > 0.5) == examples.labels)
+    assert evaluation.is_correct.dtype == bool
+    assert 0 < evaluation.correct == evaluation.is_correct.sum() < count
+
+
+def evaluation_of(confusion):
+    confusion = np.array(confusion)
+    return Evaluation(0.0, confusion, np.arange(confusion.sum()) < np.trace(confusion))
 
 
 def test_accuracy_interval_is_wilsons():
-    evaluation = Evaluation(0.0, np.array([[8, 2], [0, 0]]))
+    evaluation = evaluation_of([[8, 2], [0, 0]])
     z, p, n = 1.959964, 0.8, 10
     centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     expected = [(centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)]
@@ -63,7 +79,7 @@ def test_accuracy_interval_is_wilsons():
 
 
 def test_per_class_ratios():
-    evaluation = Evaluation(0.0, np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]]))
+    evaluation = evaluation_of([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
     rows = report.per_class(evaluation, ("a", "b", "c"))
     assert rows[0] == {"class": "a", "examples": 4, "recall": 0.75, "precision": 0.6, "f1": 6 / 9}
     assert rows[2] == {"class": "c", "examples": 0, "recall": None, "precision": None, "f1": None}
@@ -105,8 +121,8 @@ def test_memory_use_is_the_share_of_the_output():
     memory = Memory((2,), kind="direct")
     model = AiM(Net(), memory, read="head", update_after="hidden", read_mode="add")
     x = jnp.ones((5, 6))
-    variables = model.init(jax.random.key(0), x)
-    use = memory_use(model, variables, x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    use = jax.jit(partial(memory_use, model))(variables, x)
     assert set(use) == {"read head", "update hidden"}
     plain = Net().apply({"params": variables["params"]}, x)
     share = model.apply(variables, x) - plain
@@ -117,6 +133,22 @@ def test_memory_use_is_the_share_of_the_output():
         float(jnp.linalg.norm(plain, axis=-1).mean()), rel=1e-5
     )
     assert memory_use(Net(), {"params": variables["params"]}, x) == {}
+
+
+def test_memory_use_is_in_the_order_of_the_calls():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for name in ("layer2", "layer10", "head"):
+                x = nn.Dense(4, name=name)(x)
+            return x
+
+    model = AiM(Net(), Memory((2,), kind="direct"), read=".*", update_after="layer10")
+    x = jnp.ones((5, 6))
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    reads = [f"read {name}" for name in ("layer2", "layer10", "head")]
+    use = jax.jit(partial(memory_use, model))(variables, x)
+    assert [name for name in use if name.startswith("read ")] == reads
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +180,266 @@ def test_restored_network_is_a_plain_linen_module(run):
     logits = restored.model.apply(restored.variables, test.images / np.float32(16), train=False)
     accuracy = (np.argmax(logits, -1) == test.labels).mean()
     assert accuracy == pytest.approx(summary["test_accuracy"])
+
+
+# --- With an altered memory --------------------------------------------------------------------
+
+
+def test_an_altered_evaluation_says_so_and_leaves_the_other_alone(run, capsys):
+    workdir, summary = run
+    keep = restoring.evaluate_run(workdir, device_count=1)
+    before = {path.name: path.read_bytes() for path in workdir.glob("*_test.*")}
+    capsys.readouterr()
+    zero = restoring.evaluate_run(workdir, device_count=1, memory="zero", at="layer.*")
+    printed = capsys.readouterr().out
+    assert "with altered memory (zero at 'layer.*'): loss" in printed
+    assert {path.name: path.read_bytes() for path in workdir.glob("*_test.*")} == before
+    written = json.loads((workdir / "eval_test_zero.json").read_text())
+    assert (written["memory"], written["at"]) == ("zero", "layer.*")
+    assert written["accuracy"] == zero.accuracy
+    assert (workdir / "confusion_test_zero.png").is_file()
+    assert json.loads(before["eval_test.json"])["memory"] == "keep"
+
+    # It is the network that `intervene` makes.
+    restored, test = restoring.restore_run(workdir), load_digits().splits["test"]
+    for model, evaluation in (
+        (restored.model, keep),
+        (intervene(restored.model, "zero", "layer.*"), zero),
+    ):
+        logits = model.apply(restored.variables, test.images / np.float32(16))
+        expected = np.argmax(logits, -1) == test.labels
+        np.testing.assert_array_equal(evaluation.is_correct, expected)
+    assert (keep.is_correct != zero.is_correct).any()
+
+
+@pytest.fixture(scope="module")
+def measured(run):
+    return restoring.evaluate_interventions(run[0], device_count=1, per_layer=True)
+
+
+def test_every_effect_is_that_of_the_network_that_intervene_makes(run, measured):
+    restored, test = restoring.restore_run(run[0]), load_digits().splits["test"]
+    images = test.images / np.float32(16)
+
+    def is_correct(kind, layer):
+        model = intervene(restored.model, kind, layer or ".*")
+        logits = jax.jit(model.apply)(restored.variables, images)
+        return np.argmax(np.asarray(logits), -1) == test.labels
+
+    reads, updates = ["layer1/dense", "layer2/dense", "head"], ["layer1", "layer2"]
+    keep = is_correct("keep", None)
+    assert measured.rows[0] == Effect(
+        "keep", None, keep.mean(), pytest.approx(run[1]["test_loss"]), 0.0, 0, 0, None, None
+    )
+    rows = {(row.kind, row.layer): row for row in measured.rows[1:]}
+    of_kind = {"zero": reads, "mean": reads[1:], "shuffle": reads[1:], "noise": reads}
+    of_kind |= {"no_write": updates, "reset": reads[1:]}
+    expected = [(kind, None) for kind in of_kind if kind != "reset"]
+    expected += [(kind, layer) for kind, of in of_kind.items() for layer in of]
+    assert list(rows) == expected
+    for (kind, layer), row in rows.items():
+        altered = is_correct(kind, layer)
+        assert row.accuracy == altered.mean()
+        assert row.worse == (keep & ~altered).sum()
+        assert row.better == (altered & ~keep).sum()
+        assert row.difference == pytest.approx(altered.mean() - keep.mean())
+        assert row.p == effects.mcnemar(row.worse, row.better)
+    # `reset` everywhere, which is not shown, is `no_write`; at the first layer it is `keep`.
+    np.testing.assert_array_equal(is_correct("reset", None), is_correct("no_write", None))
+    np.testing.assert_array_equal(is_correct("reset", "layer1/dense"), keep)
+    ps = [row.p for row in measured.rows[1:]]
+    assert [row.p_holm for row in measured.rows[1:]] == holm(ps)
+    assert sum(row.p < 0.01 for row in measured.rows[1:]) > 3
+
+
+def test_effects_are_written_and_shown(run, measured):
+    workdir, _ = run
+    written = json.loads((workdir / "interventions_test.json").read_text())
+    assert (written["split"], written["at"], written["examples"]) == ("test", ".*", 360)
+    assert [Effect(**row) for row in written["effects"]] == measured.rows
+    with (workdir / "interventions_test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["accuracy"]) for row in rows] == [row.accuracy for row in measured.rows]
+    assert (workdir / "interventions_test.png").read_bytes().startswith(b"\x89PNG")
+    lines = effects.table(measured).splitlines()
+    assert len({line.count("|") for line in lines[: 2 + len(rows)]}) == 1
+    row = measured.rows[-2]
+    assert lines[len(rows)].startswith(
+        f"| `reset` | `layer2/dense` | {row.accuracy:.2%} | {row.loss:.4f} |"
+        f" {100 * row.difference:+z.2f} | {row.worse} | {row.better} | "
+    )
+    assert lines[-3] == (
+        "At `layer1/dense` the memory is the same for all images: `mean`, `shuffle` and `reset`"
+        " change nothing."
+    )
+    assert lines[-1].startswith("`reset` of all reads is not shown: it equals `no_write`")
+
+
+IMAGES = jax.ShapeDtypeStruct((2, 2, 2, 1), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def carrying():
+    """A network that reads written, carried and second memories; what evaluates it on 4 devices."""
+    aim = AiM(
+        MLP(3, features=(4,) * 3), Memory((5,), "direct"), r"layer\d/dense|head", "layer[12]",
+        read_initial="layer3/dense", read_mode="add", carry="state",
+    )  # fmt: skip
+    examples, devices = split(48), Devices("pmap", 4)
+    # Far apart, so that their memories are, too.
+    batches = EvalBatches(examples, devices, 48, 8.0)
+    variables = random_variables(aim, jnp.ones((2, 2, 2, 1)))
+
+    def build(model):
+        evaluate = build_evaluate(model, devices, batches, 3)
+        return lambda given: evaluate(devices.replicate({**variables, **given}))
+
+    return aim, build
+
+
+def test_one_program_chooses_among_all_that_can_be_read(carrying):
+    aim, build = carrying
+    reads, updates = layers(aim, IMAGES)
+    assert updates == ["layer1", "layer2"]
+    assert reads_per_example(aim, IMAGES) == {"layer2/dense", "head"}
+    choosable = Choosable(aim, tuple(reads))
+    evaluate = build(choosable)
+    losses = []
+    for kind, paths in [*((kind, set(reads)) for kind in READ_KINDS), ("noise", {"head"})]:
+        found = evaluate(choosable.choose(kind, paths))
+        expected = build(intervene(aim, kind, "|".join(paths)))({})
+        np.testing.assert_array_equal(found.is_correct, expected.is_correct)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        losses.append(found.loss)
+    assert len({round(loss, 4) for loss in losses}) == len(losses)
+
+
+def test_carried_memories_are_reset_and_silenced_apart(carrying):
+    aim, build = carrying
+    measured = effects.measure(aim, IMAGES, build)
+    kinds = [row.kind for row in measured.rows]
+    assert kinds == ["keep", "zero", "mean", "shuffle", "noise", "no_write", "reset"]
+    assert measured.notes == [
+        "At `layer1/dense`, `layer3/dense` the memory is the same for all images: `mean` and"
+        " `shuffle` change nothing."
+    ]
+    losses = [row.loss for row in measured.rows]
+    assert len({round(loss, 4) for loss in losses}) == len(losses)
+    no_write = build(intervene(aim, "no_write"))({})
+    assert losses[kinds.index("no_write")] == pytest.approx(no_write.loss)
+
+
+def test_a_pattern_limits_what_is_altered(carrying):
+    aim, build = carrying
+    assert matching(aim, "layer[13].*", IMAGES) == (["layer1/dense", "layer3/dense"], ["layer1"])
+    measured = effects.measure(aim, IMAGES, build, "layer2")
+    assert [row.kind for row in measured.rows] == ["keep", "no_write"]
+    expected = build(intervene(aim, "no_write", "layer2"))({})
+    assert measured.rows[1].loss == pytest.approx(expected.loss)
+
+
+def test_mcnemar_is_exact():
+    # Of 6 images that differ all get worse: 2 of the 64 ways are as uneven.
+    assert effects.mcnemar(6, 0) == pytest.approx(2 / 64)
+    assert effects.mcnemar(0, 6) == pytest.approx(2 / 64)
+    # 1 of 5: (1 + 5) ways on either side, of 32.
+    assert effects.mcnemar(1, 4) == pytest.approx(12 / 32)
+    assert effects.mcnemar(3, 3) == effects.mcnemar(0, 0) == 1.0
+
+
+def test_what_cannot_be_altered_is_told_before_anything_is_written(run, tmp_path):
+    training.run(digits("control", "train.epochs=1"), tmp_path / "run", 1, quiet=True)
+    before = set(tmp_path.rglob("*"))
+    for act in (
+        lambda: restoring.evaluate_run(tmp_path / "run", memory="zero"),
+        lambda: restoring.evaluate_interventions(tmp_path / "run"),
+    ):
+        with pytest.raises(UsageError, match="^there is no memory to alter: the network is a MLP$"):
+            act()
+    assert set(tmp_path.rglob("*")) == before
+    for act in (
+        lambda: restoring.evaluate_run(run[0], memory="mean", at="heat"),
+        lambda: restoring.evaluate_interventions(run[0], at="heat"),
+    ):
+        with pytest.raises(UsageError, match=r"no read of MLP \(did you mean 'head'\?\); there"):
+            act()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--memory", "zeros"], "invalid choice: 'zeros'"),
+        (["--at", "head"], "--at says where the memory is altered: give --memory"),
+        (["--memory", "zero", "--per-layer"], "--per-layer goes with --memory all"),
+        (["--memory", "no_write", "--at", "head"], "matches no update of MLP; there are: layer1,"),
+    ],
+)
+def test_wrong_flags_are_told_in_a_line(run, capsys, flags, message):
+    with pytest.raises(SystemExit) as exit_:
+        cli.evaluate(["--workdir", str(run[0]), "--devices", "1", *flags])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_command_line_with_altered_memory(run, capsys):
+    flags = ["--workdir", str(run[0]), "--devices", "1", "--split", "val"]
+    cli.evaluate([*flags, "--memory", "all", "--at", "head"])
+    printed = capsys.readouterr().out
+    assert "val split, 180 images, with altered memory, reads and updates that match 'head':" in (
+        printed
+    )
+    assert "\n| `zero` | all | " in printed
+    cli.evaluate([*flags, "--memory", "no_write", "--at", "layer1"])
+    assert "with altered memory (no_write at 'layer1'): loss" in capsys.readouterr().out
+    assert (run[0] / "eval_val_no_write.json").is_file()
+
+
+# --- Plots and events --------------------------------------------------------------------------
+
+
+def history_of(uses, epochs=3):
+    row = dict.fromkeys(report.HISTORY_COLUMNS, 0.5)
+    return [row | {"epoch": e, "step": 10 * e, "memory_use": uses} for e in range(1, epochs + 1)]
+
+
+@pytest.mark.parametrize("count", [1, 49])
+def test_memory_use_has_a_bar_per_layer(tmp_path, monkeypatch, count):
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    history = history_of({})
+    names = [f"layer{i}" for i in range(count)]
+    for row in history:
+        row["memory_use"] = {
+            **{f"read {n}": {"share": i + row["epoch"], "own": 2.0} for i, n in enumerate(names)},
+            "read last": {"share": 1.0, "own": 0.0},
+            "update layer0": {"share": 1.0, "own": 4.0},
+        }
+    report.plot_memory_use(tmp_path / "x.png", history, "title", step=20)
+    bars, lines, updates, _ = figures[0].axes
+    assert [label.get_text() for label in bars.get_yticklabels()] == [*names, "last"]
+    widths = [bar.get_width() for bar in bars.patches]
+    assert widths[:-1] == [(i + 2) / 2 for i in range(count)]
+    assert [text.get_text() for text in bars.texts] == [" no share: own norm is 0"]
+    assert lines.lines[0].get_ydata().tolist() == [0.5, 1.0, 1.5]
+    assert [bar.get_width() for bar in updates.patches] == [0.25]
+    report.plot_memory_use(tmp_path / "x.png", history, "title")
+    assert figures[1].axes[0].patches[0].get_width() == 1.5
+
+
+def test_shares_of_nothing_are_no_events(tmp_path, caplog, capsys):
+    uses = {"read a": {"share": 1.0, "own": 0.0}, "read b": {"share": 1.0, "own": 2.0}}
+    with report.Events(tmp_path, 0) as events:
+        events.write(history_of(uses)[0], None)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert b"memory_use/read_b" in file.read_bytes()
+    assert b"memory_use/read_a" not in file.read_bytes()
+    assert not caplog.records
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+# --- What cannot be restored -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

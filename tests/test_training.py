@@ -277,8 +277,9 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_Run", Late)
         message = r"loss nan at step 20 \(epoch 2\); the last good checkpoint is of step 19"
-        with pytest.raises(DivergenceError, match=message):
+        with pytest.raises(DivergenceError, match=message) as error:
             training.run(digits("control"), tmp_path / "late", 1, quiet=True)
+    assert error.value.step == 20
     assert restore_run(tmp_path / "late", "best").step == 19
 
 

@@ -81,21 +81,23 @@ def _move_whole_pixels(
 ) -> jax.Array:
     """Shifts and flips, in the images' own dtype: a fraction of the bytes of float32."""
     limit = int(options["shift"])
+    if not (limit or options["flip_vertical"] or options["flip_horizontal"]):
+        return images
     draw = partial(jax.random.randint, shape=(2,), minval=-limit, maxval=limit + 1)
     shifts = jax.vmap(draw)(key_shift)
-    directions = ((1, "flip_vertical", key_vertical), (2, "flip_horizontal", key_horizontal))
-    for axis, name, keys in directions:
-        if not (limit or options[name]):
-            continue
-        size = images.shape[axis]
-        source = _reflect(jnp.arange(size) - shifts[:, axis - 1, None], size)
+    sources = []
+    directions = (("flip_vertical", key_vertical), ("flip_horizontal", key_horizontal))
+    for axis, (name, keys) in enumerate(directions):
+        size = images.shape[axis + 1]
+        source = _reflect(jnp.arange(size) - shifts[:, axis, None], size)
         if options[name]:
             flips = jax.vmap(jax.random.bernoulli)(keys)
             source = jnp.where(flips[:, None], source[:, ::-1], source)
-        # On CPU six times as fast as choosing between an image and its mirror image.
-        source = jnp.expand_dims(source, (3 - axis, 3))
-        images = jnp.take_along_axis(images, source, axis, mode="promise_in_bounds")
-    return images
+        sources.append(source)
+    rows, columns = sources[0][:, :, None], sources[1][:, None, :]
+    examples = jnp.arange(len(images))[:, None, None]
+    # On CPU several times as fast as choosing between an image and its mirror image.
+    return jnp.asarray(images).at[examples, rows, columns].get(mode="promise_in_bounds")
 
 
 def _reflect(positions: jax.Array, size: int) -> jax.Array:

@@ -34,6 +34,7 @@ _UPRIGHT = {
 }
 _TRANSPOSED = (5, 6, 7, 8)
 _EXIF = b"Exif\0\0"
+_START_OF_SCAN = b"\xff\xda"
 
 
 class ImageError(ValueError):
@@ -77,7 +78,7 @@ def load(
     except _FAILURES as error:
         raise ImageError(_reason(encoded, error)) from None
     rows, columns = _slices(pixels.shape[:2], shape, region, fit)
-    pixels = np.ascontiguousarray(pixels[rows, columns])
+    pixels = pixels[rows, columns]
     while min(pixels.shape[0] / height, pixels.shape[1] / width) >= 2:
         half = (math.ceil(pixels.shape[1] / 2), math.ceil(pixels.shape[0] / 2))
         pixels = cv2.resize(pixels, half, interpolation=cv2.INTER_AREA)
@@ -159,8 +160,8 @@ def _decode_other(encoded: bytes, channels: int) -> np.ndarray:
 
 
 def _jpeg_orientation(encoded: bytes) -> int:
-    # Exif 2.32 wants it in front of all else.
-    start = encoded.find(_EXIF, 0, 65536)
+    # Exif 2.32 wants it in front of all else, so of any thumbnail's scan too.
+    start = encoded.find(_EXIF, 0, encoded.find(_START_OF_SCAN))
     return 1 if start < 0 else _orientation(encoded[start : start + 65536])
 
 

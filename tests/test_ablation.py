@@ -1,0 +1,500 @@
+"""A study: its runs against single ones, continuation, divergence, arms, wrong use."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aim_flax import ablation, cli, seeds, table, training
+from aim_flax import config as configs
+from aim_flax.errors import InterruptionError, UsageError
+from aim_flax.restoring import restore_run
+from tests.test_cli import fails
+from tests.test_training import DIGITS, ROOT, SMALL, digits
+
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
+
+REPORT = ("report.md", "results.csv", "curves.png", "differences.png", "study.json")
+
+
+def study(workdir, *arms, overrides=("train.epochs=2",), seeds="2", **options):
+    """Runs a study of small networks on one device."""
+    options = dict(quiet=True, device_count=1) | options
+    return ablation.run(DIGITS, workdir, arms, seeds, overrides=[*SMALL, *overrides], **options)
+
+
+def history(workdir) -> dict[str, np.ndarray]:
+    with (Path(workdir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {column: np.array([float(row[column]) for row in rows]) for column in rows[0]}
+
+
+def names(workdir) -> set[str]:
+    return {file.name for file in Path(workdir).iterdir()}
+
+
+def snapshot(folder) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in Path(folder).rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, standard_promotion, quick_compile) -> Path:
+    """A study that was left alone."""
+    workdir = tmp_path_factory.mktemp("studies") / "whole"
+    study(workdir, "aim_state", "control", overrides=("train.epochs=3", "model.dropout=0.3"))
+    return workdir
+
+
+AUGMENT = ("config.augment = None", "config.augment = ConfigDict({'shift': 1})")
+PLATEAUS = ("schedule.plateau_patience=1", "schedule.plateau_min_delta=0.2")
+
+
+@pytest.mark.parametrize(
+    ("arm", "devices", "overrides"),
+    [
+        pytest.param(
+            "aim_state",
+            2,
+            ("schedule.name=cosine", "eval.batch_size=100"),
+            marks=pytest.mark.slow,
+        ),
+        ("control", 1, ("parallel=shard_map", "train.steps_per_call=10", *PLATEAUS)),
+    ],
+)
+def test_seeds_trained_together_are_those_trained_alone(tmp_path, arm, devices, overrides):
+    """With dropout and augmentation; a carried memory and calls that part the epochs."""
+    file = tmp_path / "augmented.py"
+    text = Path(DIGITS).read_text()
+    assert text.count(AUGMENT[0]) == 1
+    file.write_text(text.replace(*AUGMENT))
+    overrides = [*SMALL, "train.epochs=3", "model.dropout=0.2", *overrides]
+    workdir = tmp_path / "s"
+    options = dict(device_count=devices, quiet=True)
+    ablation.run(str(file), workdir, [arm], "4-5", overrides=overrides, **options)
+    together, other, alone = workdir / arm / "5", workdir / arm / "4", tmp_path / "alone"
+    config = configs.load(f"{file}:{arm}")
+    own = [a for a in overrides if config.memory is not None or not a.startswith("memory.")]
+    training.run(configs.override(config, [*own, "seed=5"]), alone, devices, quiet=True)
+    assert names(together) == names(alone)
+    a, b = history(together), history(alone)
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose(a["train_loss"][0], b["train_loss"][0], rtol=1e-4)
+    assert history(other)["train_loss"][0] != pytest.approx(b["train_loss"][0], rel=1e-3)
+    np.testing.assert_allclose(a["learning_rate"], b["learning_rate"], rtol=1e-6)
+    for column in ("train_loss", "val_loss"):
+        np.testing.assert_allclose(a[column], b[column], rtol=1e-3)
+    np.testing.assert_allclose(a["val_accuracy"], b["val_accuracy"], atol=1.5 / 180)
+    for file in ("config.json", "code_version.json"):
+        assert (together / file).read_bytes() == (alone / file).read_bytes()
+    one, single = (json.loads((run / "summary.json").read_text()) for run in (together, alone))
+    assert one.keys() == single.keys()
+    for key in ("seed", "best_step", "steps", "params", "batch_stats", "test_examples"):
+        assert one[key] == single[key], key
+    assert one["test_loss"] == pytest.approx(single["test_loss"], rel=1e-3)
+    for checkpoint in ("best", "latest"):
+        steps = [restore_run(run, checkpoint).step for run in (together, alone)]
+        assert steps[0] == steps[1]
+
+
+def test_study_leaves_runs_that_tables_and_scripts_read(whole, capsys):
+    assert names(whole) == {"aim_state", "control", *REPORT}
+    rows = table.read_runs(sorted(whole.glob("*/*")))
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        (arm, seed) for arm in ("aim_state", "control") for seed in range(2)
+    ]
+    assert {row["status"] for row in rows} == {"finished"}
+    with (whole / "results.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [float(row["test_accuracy"]) for row in written] == [r["test_accuracy"] for r in rows]
+    run = whole / "aim_state" / "1"
+    cli.evaluate(["--workdir", str(run), "--devices", "1"])
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"accuracy {summary['test_accuracy']:.2%}" in capsys.readouterr().out
+    for file in ("eval_test.json", "confusion_test.png"):
+        (run / file).unlink()
+
+
+def test_report_says_the_command_that_makes_it(whole, tmp_path, capsys, monkeypatch):
+    text = (whole / "report.md").read_text()
+    command = text.split("```bash\n")[1].split("\n```")[0]
+    flags = " ".join(f"'--config.{a}'" if "(" in a else f"--config.{a}" for a in SMALL)
+    assert command == (
+        f"python ablate.py --config {DIGITS} --arms aim_state,control --seeds 2"
+        f" {flags} --config.train.epochs=3 --config.model.dropout=0.3"
+    )
+    before = {name: (whole / name).read_bytes() for name in REPORT}
+    cli.ablate(["--report-only", "--workdir", str(whole)])
+    assert {name: (whole / name).read_bytes() for name in REPORT} == before
+    assert "| `control` | 2 |" in capsys.readouterr().out
+
+
+def interrupted_once(monkeypatch, owner, method, when):
+    """Sends SIGTERM once, as soon as `when` holds after a call of the method."""
+    original, sent = getattr(owner, method), []
+
+    def interrupt(self, *args):
+        result = original(self, *args)
+        if not sent and when(self):
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(owner, method, interrupt)
+
+
+def test_interrupted_group_goes_on_and_gives_the_same_report(tmp_path, monkeypatch, whole):
+    """In the second arm's second epoch; then arms trained to their end are left alone."""
+    arguments = ("aim_state", "control")
+    options = dict(overrides=("train.epochs=3", "model.dropout=0.3"))
+    parts = tmp_path / "parts"
+    interrupted_once(
+        monkeypatch,
+        seeds._Group,
+        "_finish_epoch",
+        lambda group: group.config.arm == "control" and group.step == 38,
+    )
+    with pytest.raises(InterruptionError, match="SIGTERM: saved at step 38; the same command"):
+        study(parts, *arguments, **options)
+    assert names(parts) == {".groups", "aim_state", "control", "study.json"}
+    ablation.write_report(parts, quiet=True)
+    assert "| `control` | 0 of 2; 2 unfinished |" in (parts / "report.md").read_text()
+    before = snapshot(parts / "aim_state")
+    steps = []
+    original = seeds._Group._note
+    monkeypatch.setattr(
+        seeds._Group,
+        "_note",
+        lambda self, metrics, length, s: (
+            steps.append((self.config.arm, length)),
+            original(self, metrics, length, s),
+        ),
+    )
+    study(parts, *arguments, **options)
+    assert steps == [("control", 19)]
+    assert snapshot(parts / "aim_state") == before
+    assert names(parts) == {"aim_state", "control", *REPORT}
+    for name in REPORT:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    for arm in arguments:
+        for seed in "01":
+            metrics = [s / arm / seed / "metrics.csv" for s in (parts, whole)]
+            assert metrics[0].read_bytes() == metrics[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_study_that_is_killed_again_and_again_gives_the_same_report(tmp_path):
+    flags = [f"--config.{a}" for a in (*SMALL, "train.epochs=12", "train.steps_per_call=5")]
+    flags += ["--config.train.checkpoint_minutes=0.0", "--arms", "aim_direct,control"]
+
+    def start(workdir: Path) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "ablate.py"), "--config", DIGITS, *flags]
+        return subprocess.Popen(
+            [*command, "--seeds", "2", "--workdir", str(workdir)],
+            env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = start(whole)
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    rng = np.random.default_rng(0)
+    kills = resumed = 0
+    for _ in range(8):
+        if kills >= 3 and resumed:
+            break
+        run = start(parts)
+        # A line comes once training is under way; then at a random moment, perhaps in a save.
+        for line in iter(run.stdout.readline, ""):
+            resumed += line.startswith("resuming 2 seeds of ")
+            if line.startswith("step"):
+                break
+        timer = threading.Timer(rng.uniform(0, 1), run.kill)
+        timer.start()
+        run.communicate(timeout=300)
+        timer.join()
+        kills += run.returncode == -signal.SIGKILL
+    run = start(parts)
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    assert kills >= 3
+    assert resumed
+    for name in REPORT:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    assert names(parts) == names(whole)
+
+
+@pytest.mark.parametrize("per_program", [None, 1])
+def test_signal_while_results_are_written_ends_the_study(tmp_path, monkeypatch, per_program):
+    """Of the first arm, whose runs are finished all the same."""
+    module = seeds if per_program is None else training
+    original = module.write_results
+
+    def interrupt(workdir, *args):
+        original(workdir, *args)
+        if workdir.name == "0":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module, "write_results", interrupt)
+    options = dict(seeds_per_program=per_program, overrides=("train.epochs=1",))
+    with pytest.raises(InterruptionError, match=r"SIGINT: control seeds? 0\S* done; the same"):
+        study(tmp_path / "s", "control", "aim_no_update", seeds="2", **options)
+    assert "summary.json" in names(tmp_path / "s" / "control" / "0")
+    assert not (tmp_path / "s" / "aim_no_update").exists()
+
+
+def test_killed_while_results_are_written_trains_nothing_again(tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    study(whole, "control")
+    original = seeds.summarize
+
+    class Killed(BaseException):
+        pass
+
+    def kill(run, *args):
+        if run.config.seed == 1:
+            raise Killed
+        return original(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seeds, "summarize", kill)
+        with pytest.raises(Killed):
+            study(parts, "control")
+    before = snapshot(parts / "control" / "0")
+    monkeypatch.setattr(seeds, "_train_call", None)
+    study(parts, "control")
+    assert snapshot(parts / "control" / "0") == before
+    for seed in "01":
+        a, b = (history(s / "control" / seed) for s in (whole, parts))
+        assert a["val_loss"].tolist() == b["val_loss"].tolist()
+
+
+def test_one_by_one_is_the_single_run_and_goes_on(tmp_path, monkeypatch):
+    overrides = ("train.epochs=2", "train.steps_per_call=10")
+    options = dict(overrides=overrides, seeds_per_program=1)
+    interrupted_once(
+        monkeypatch,
+        training._Run,
+        "_check_finite",
+        lambda run: run.config.seed == 1 and run.step == 19,
+    )
+    with pytest.raises(InterruptionError, match="SIGTERM: saved at step 29"):
+        study(tmp_path / "s", "control", **options)
+    # A run that was begun alone ends alone, also when seeds are trained together now.
+    study(tmp_path / "s", "control", **(options | {"seeds_per_program": None}))
+    for seed in range(2):
+        alone = tmp_path / f"alone{seed}"
+        training.run(digits("control", *overrides, f"seed={seed}"), alone, 1, quiet=True)
+        metrics = [w / "metrics.csv" for w in (alone, tmp_path / "s" / "control" / str(seed))]
+        assert metrics[0].read_bytes() == metrics[1].read_bytes()
+
+
+@pytest.mark.parametrize("per_program", [None, 1])
+def test_a_seed_that_diverges_is_marked_and_the_others_go_on(tmp_path, monkeypatch, per_program):
+    """The loss of seed 1 is not finite at step 25, in the second epoch."""
+    reference = study(tmp_path / "reference", "control", seeds_per_program=per_program)
+    if per_program is None:
+        original = seeds._Group._note
+
+        def spoil(self, metrics, length, seconds):
+            if self.step < 25 <= self.step + length:
+                metrics["loss"][1, 24 - self.step] = np.nan
+            original(self, metrics, length, seconds)
+
+        monkeypatch.setattr(seeds._Group, "_note", spoil)
+    else:
+        check = training._Run._check_finite
+
+        def spoil(self, losses, first_step):
+            losses = np.array(losses)
+            if self.config.seed == 1 and first_step <= 25 < first_step + len(losses):
+                losses[25 - first_step] = np.nan
+            check(self, losses, first_step)
+
+        monkeypatch.setattr(training._Run, "_check_finite", spoil)
+    rows = study(tmp_path / "s", "control", seeds_per_program=per_program)
+    assert [row["status"] for row in rows] == ["finished", "diverged at step 25"]
+    assert rows[0] == reference[0]
+    run = tmp_path / "s" / "control" / "1"
+    assert history(run)["epoch"].tolist() == [1]
+    assert restore_run(run).step == 19
+    assert not (run / "summary.json").exists()
+    before = snapshot(tmp_path / "s" / "control")
+    assert study(tmp_path / "s", "control", seeds_per_program=per_program) == rows
+    assert snapshot(tmp_path / "s" / "control") == before
+
+
+def test_real_divergence_of_all_seeds_ends_the_group(tmp_path):
+    overrides = ("train.epochs=3", "optimizer.name=sgd", "optimizer.learning_rate=1e30")
+    rows = study(tmp_path / "s", "control", overrides=overrides, seeds="2")
+    assert all(row["status"].startswith("diverged at step ") for row in rows)
+    assert names(tmp_path / "s" / "control" / "0") >= {"diverged.json", "config.json"}
+
+
+def test_arms_and_seeds_are_added(tmp_path):
+    workdir = tmp_path / "s"
+    study(workdir, "control", seeds="2", overrides=("train.epochs=1",))
+    before = snapshot(workdir / "control")
+    custom = ["small=aim_no_update:memory.shape=(4, ) memory.carry_rate=0.5;model.dropout=0.1"]
+    study(
+        workdir,
+        "control_params",
+        custom=custom,
+        seeds="1-1",
+        overrides=("train.epochs=1",),
+        derive_from="aim_direct",
+    )
+    assert snapshot(workdir / "control") == before
+    arms = json.loads((workdir / "study.json").read_text())["arms"]
+    assert {arm: plan["seeds"] for arm, plan in arms.items()} == {
+        "control": [0, 1],
+        "control_params": [1],
+        "small": [1],
+    }
+    small = json.loads((workdir / "small" / "1" / "config.json").read_text())
+    assert (small["arm"], small["seed"]) == ("small", 1)
+    assert small["memory"]["shape"] == [4]
+    assert small["memory"]["update_after"] == ""
+    assert (small["memory"]["carry_rate"], small["model"]["dropout"]) == (0.5, 0.1)
+    wide = json.loads((workdir / "control_params" / "1" / "config.json").read_text())
+    assert wide["memory"] is None
+    flags = " ".join(f"'--config.{a}'" if "(" in a else f"--config.{a}" for a in SMALL)
+    assert (
+        "\n".join(
+            [
+                f"python ablate.py --config {DIGITS} --arms control --seeds 2 {flags}"
+                " --config.train.epochs=1",
+                f"python ablate.py --config {DIGITS} --arms control_params --arm '{custom[0]}'"
+                f" --derive-from aim_direct --seeds 1-1 {flags} --config.train.epochs=1",
+            ]
+        )
+        in (workdir / "report.md").read_text()
+    )
+
+
+def test_an_arm_of_the_file_wins_over_a_derived_one():
+    plan = ablation._plan(DIGITS, ["control", "memory_zero"], [], [], None)
+    assert plan["control"].options["derive_from"] is None
+    assert plan["memory_zero"].options["derive_from"] == "aim"
+    assert plan["memory_zero"].config.memory.kind == "zero"
+    plan = ablation._plan(DIGITS, ["control", "aim_state", "memory_zero"], [], [], None)
+    assert plan["memory_zero"].config.memory.carry == "state"
+
+
+def test_controls_of_a_custom_arm():
+    custom = ["big:memory.shape=(128,)", "bigger=big:memory.shape=(256,)"]
+    plan = ablation._plan(DIGITS, ["memory_double"], custom, [], "big")
+    assert plan["memory_double"].config.memory.shape == (256,)
+    assert plan["memory_double"].options["custom"] == {"big": custom[0]}
+    assert plan["bigger"].options["custom"] == {"big": custom[0], "bigger": custom[1]}
+    with pytest.raises(UsageError, match="the arm frozen is derived from itself"):
+        ablation._plan(DIGITS, [], ["frozen=memory_frozen:seed_=1"], [], "frozen")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3", [0, 1, 2]),
+        ("100-102", [100, 101, 102]),
+        ("5,0-1", [0, 1, 5]),
+        ("7-7", [7]),
+        (2, [0, 1]),
+    ],
+)
+def test_seeds(text, expected):
+    assert ablation.parse_seeds(text) == expected
+    assert ablation.parse_seeds(ablation._format_seeds(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arms", "aim,contol"], "has no arm 'contol' (did you mean 'control'?); its arms: aim,"),
+        (["--arms", "control_parms"], "(did you mean 'control_params'?)"),
+        (["--arms", ""], "arms are '', expected names"),
+        (["--arms", "aim,,control"], "arms are 'aim,,control', expected names"),
+        (["--arms", "aim,aim"], "the arm aim is named twice"),
+        (["--arms", "aim", "--seeds", "x"], "seeds are 'x', expected a number, a range"),
+        (["--arms", "aim", "--seeds", "5-3"], "seeds are '5-3', which is none"),
+        (["--arms", "aim", "--seeds", "0"], "seeds are '0', which is none"),
+        (["--arms", "aim", "--seeds", "1,0-2"], "which names 1 twice"),
+        (["--arms", "aim", "--seeds", "9999999999-9999999999"], "expected 0 to 2**32 - 1"),
+        (["--arms", "aim,aim_state", "--reference", "control"], "the reference arm is 'control'"),
+        (["--arms", "aim", "--config.seed=3"], "'seed=3': a study sets this key by itself"),
+        (["--arms", "control", "--config.memory.shpe=(8,)"], "did you mean 'memory.shape'?"),
+        (["--arms", "aim,control", "--config.memory.shpe=(8,)"], "did you mean 'memory.shape'?"),
+        (["--arms", "control,aim", "--config.memory.shape=(0,)"], "arm aim: a dense memory has"),
+        (["--arms", "aim", "--arm", "x:memory.read=layr"], "arm x: read pattern 'layr' matches"),
+        (["--arms", "aim", "--arm", "x"], "the arm 'x' cannot be read, expected 'NAME:KEY=VALUE"),
+        (["--arms", "aim", "--arm", "x=ami:seed=1"], "no arm that is known (did you mean 'aim'?)"),
+        (["--arms", "aim", "--arm", "control:train.epochs=1"], "the arm control is there already"),
+        (["--arms", "aim", "--arm", "x:train.epoch=1"], "arm x: 'train.epoch' is no config key"),
+        (["--arms", "memory_zero", "--derive-from", "control"], "has no memory to derive"),
+        (["--arms", "aim", "--seeds-per-program", "0"], "expected a number of at least 1, or auto"),
+        (
+            ["--arms", "aim", "--seeds-per-program", "2", "--config.train.stop_patience=3"],
+            "arm aim: train.stop_patience is set",
+        ),
+        (["--arms", "aim", "--workdir", "file"], "file is a file, expected a directory"),
+        (["--arms", "aim", "--workdir", "other"], "other is not empty and holds no study"),
+    ],
+)
+def test_wrong_use_is_one_line_and_touches_nothing(capsys, tmp_path, monkeypatch, flags, message):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    assert message in fails(capsys, cli.ablate, "--config", DIGITS, *flags)
+    assert snapshot(tmp_path) == before
+
+
+def test_config_is_a_file_and_required(capsys, tmp_path):
+    line = fails(capsys, cli.ablate, "--config", f"{DIGITS}:aim", "--arms", "aim")
+    assert "expected a file; its arms are named by --arms" in line
+    assert "are required: --config" in fails(capsys, cli.ablate, "--arms", "aim")
+    assert "holds no study" in fails(
+        capsys, cli.ablate, "--report-only", "--workdir", str(tmp_path)
+    )
+
+
+def test_study_of_another_config_is_refused_and_nothing_touched(whole):
+    before = snapshot(whole)
+    same = ("train.epochs=3", "model.dropout=0.3")
+    refused = [
+        (("control",), ("train.epochs=4", same[1]), r"differs in train.epochs \(3 there, 4 here\)"),
+        (("aim",), same[:1], "model.dropout is set to 0.3 there, not set for the arm aim"),
+        (("aim_state",), (*same, "memory.carry_rate=0.7"), "memory.carry_rate"),
+    ]
+    for arms, overrides, message in refused:
+        with pytest.raises(UsageError, match=message) as error:
+            study(whole, *arms, overrides=overrides)
+        assert "\n" not in str(error.value)
+        assert snapshot(whole) == before
+    # An arm whose workdir holds another run.
+    saved = (whole / "control" / "1" / "config.json").read_text()
+    (whole / "control" / "1" / "config.json").write_text(saved.replace('"seed": 1', '"seed": 7'))
+    with pytest.raises(UsageError, match=r"differs in seed \(7 there, 1 here\)"):
+        study(whole, "control", overrides=same)
+    (whole / "control" / "1" / "config.json").write_text(saved)
+
+
+def test_convolutions_on_cpu_run_one_by_one(tmp_path):
+    from aim_flax.experiment import Experiment
+
+    assert ablation.fits_together(Experiment(digits("aim"), 1))
+    assert not ablation.fits_together(Experiment(digits("aim", "train.stop_patience=3"), 1))
+    config = digits("control")
+    with config.unlocked():
+        config.model = {"name": "resnet", "num_classes": 10, "stage_sizes": (1,), "width": 4}
+        config.model.stem = "cifar"
+    assert not ablation.fits_together(Experiment(config.lock(), 1))
