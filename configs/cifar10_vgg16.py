@@ -85,9 +85,11 @@ def _memory(arm: str) -> ConfigDict:
     memory.shape = (4, 4, 256)
     memory.read = r"stage\d_conv\d|dense\d|head"
     memory.read_initial = ""
-    memory.read_mode = "add"  # or concat
+    memory.read_mode = "add"  # or concat, scale
     memory.zero_init = True  # the network starts out equal to `control`
     memory.update_after = "" if arm == "aim_no_update" else r"stage[1-4]_pool"
+    memory.update_block = ConfigDict({"mode": "replace"})  # or residual, gated
     memory.carry = "weights"  # or state
     memory.carry_rate = 0.1
+    memory.learning_rate_scale = 1.0  # of the memory's own parameters; 0: never learned
     return memory

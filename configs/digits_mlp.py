@@ -68,10 +68,11 @@ def _memory(arm: str) -> ConfigDict:
     memory.shape = (64,)
     memory.read = r"layer\d+/dense|head"
     memory.read_initial = ""
-    memory.read_mode = "concat"  # or add
-    memory.zero_init = False  # with add: start the read kernels at zero
+    memory.read_mode = "concat"  # or add, scale
+    memory.zero_init = False  # with add, scale: start the read kernels at zero
     memory.update_after = "" if arm == "aim_no_update" else r"layer\d+"
-    memory.update_block = ConfigDict({"features": (16, 16, 32)})
+    memory.update_block = ConfigDict({"features": (16, 16, 32), "mode": "replace"})
     memory.carry = "state" if arm == "aim_state" else "weights"
     memory.carry_rate = 0.1
+    memory.learning_rate_scale = 1.0  # of the memory's own parameters; 0: never learned
     return memory

@@ -100,7 +100,7 @@ def _memory(arm: str) -> ConfigDict:
     memory.update_block = ConfigDict({"mode": "replace"})  # or residual, gated
     memory.carry = "weights"
     memory.carry_rate = 0.1
-    memory.learning_rate_scale = 1.0  # of the memory's own parameters
+    memory.learning_rate_scale = 1.0  # of the memory's own parameters; 0: never learned
     if arm == "published":
         memory.kind = "conv"
         memory.kernel_size = 1

@@ -65,7 +65,12 @@ PLATEAUS = ("schedule.plateau_patience=1", "schedule.plateau_min_delta=0.2")
             ("schedule.name=cosine", "eval.batch_size=100"),
             marks=pytest.mark.slow,
         ),
-        ("control", 1, ("parallel=shard_map", "train.steps_per_call=10", *PLATEAUS)),
+        pytest.param(
+            "control",
+            1,
+            ("parallel=shard_map", "train.steps_per_call=10", *PLATEAUS),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_seeds_trained_together_are_those_trained_alone(tmp_path, arm, devices, overrides):
@@ -149,6 +154,7 @@ def interrupted_once(monkeypatch, owner, method, when):
     monkeypatch.setattr(owner, method, interrupt)
 
 
+@pytest.mark.slow
 def test_interrupted_group_goes_on_and_gives_the_same_report(tmp_path, monkeypatch, whole):
     """In the second arm's second epoch; then arms trained to their end are left alone."""
     arguments = ("aim_state", "control")
@@ -340,6 +346,7 @@ def test_real_divergence_of_all_seeds_ends_the_group(tmp_path):
     assert names(tmp_path / "s" / "control" / "0") >= {"diverged.json", "config.json"}
 
 
+@pytest.mark.slow
 def test_arms_and_seeds_are_added(tmp_path):
     workdir = tmp_path / "s"
     study(workdir, "control", seeds="2", overrides=("train.epochs=1",))

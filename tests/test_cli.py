@@ -53,7 +53,7 @@ def test_wrong_use_of_train_is_one_line_and_touches_nothing(
     ("flags", "message"),
     [
         (["--workdir", "w", "--split", "tset"], "invalid choice: 'tset'"),
-        (["--workdir", "w", "--device", "1"], "unrecognized arguments: --device"),
+        (["--workdir", "w", "--device", "1"], "unknown argument '--device'"),
         (["--workdir", "nowhere"], "nowhere/config.json not found: nowhere is no run's workdir"),
     ],
 )

@@ -217,6 +217,7 @@ def measured(run):
     return restoring.evaluate_interventions(run[0], device_count=1, per_layer=True)
 
 
+@pytest.mark.slow
 def test_every_effect_is_that_of_the_network_that_intervene_makes(run, measured):
     restored, test = restoring.restore_run(run[0]), load_digits().splits["test"]
     images = test.images / np.float32(16)

@@ -26,7 +26,7 @@ def test_table_is_that_of_the_committed_results():
         rows = list(csv.DictReader(file))
     assert table.arm_table(rows, "control") in README
     seeds = {arm: [r["seed"] for r in rows if r["arm"] == arm] for arm in {r["arm"] for r in rows}}
-    assert len(seeds) == 5
+    assert len(seeds) == 12
     assert all(s == [str(seed) for seed in range(10)] for s in seeds.values())
 
 
@@ -39,6 +39,7 @@ def test_python_in_readme_runs():
     assert {path[0].key for path, _ in paths} == {"layers_0", "layers_2", "memory"}
 
 
+@pytest.mark.slow
 def test_commands_in_readme_name_files_and_flags_that_exist(capsys, tmp_path):
     photographs = write_folder(tmp_path, train=6, val=3, test=3)
     for command in re.findall(r"python train\.py (--config \S+)(.*)", README):
@@ -54,7 +55,7 @@ def test_commands_in_readme_name_files_and_flags_that_exist(capsys, tmp_path):
 
 def test_modules_that_readme_runs_explain_themselves(capsys):
     modules = set(re.findall(r"python -m (aim_flax\.[\w.]+)", README))
-    assert len(modules) >= 5
+    assert len(modules) >= 4
     for module in modules:
         with pytest.raises(SystemExit) as end:
             importlib.import_module(module).main(["--help"])

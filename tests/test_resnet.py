@@ -205,6 +205,7 @@ def test_published_training_step(read_mode):
     assert max(norms[name] for name in cancelled) < 1e-11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [False, True])
 def test_overfits_one_batch_of_photographs(memory):
     net = ResNet(4, stage_sizes=(1, 2), width=8, stem="cifar", momentum=0.8)
@@ -228,6 +229,7 @@ def test_overfits_one_batch_of_photographs(memory):
         assert all(leaf > 0 for leaf in jax.tree.leaves(change))
 
 
+@pytest.mark.slow
 def test_trains_on_odd_sizes_and_maps_smaller_than_the_memory():
     # 97x61 px become maps of 25x16 and 13x8.
     net = AiM(

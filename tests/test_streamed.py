@@ -203,6 +203,7 @@ def losses(workdir: Path) -> list[float]:
         return [float(row["train_loss"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_streamed_run_learns_as_the_one_in_memory(tmp_path, photographs):
     config = folder(photographs, "augment.crop=1.0", "augment.flip_horizontal=false")
     with config.unlocked():
@@ -220,6 +221,7 @@ def test_streamed_run_learns_as_the_one_in_memory(tmp_path, photographs):
         assert 0 <= summary["data_wait_share"] <= 1
 
 
+@pytest.mark.slow
 def test_interrupted_streamed_run_goes_on_bit_equal(tmp_path, photographs):
     """In mid-epoch, and with another number of threads."""
     config = folder(photographs, "data.in_memory_mb=0.0", "data.threads=1")
@@ -253,7 +255,7 @@ def test_run_stops_at_a_damaged_image_and_goes_on_once_it_is_repaired(tmp_path):
     assert summary["epochs"] == 2
 
 
-@pytest.mark.parametrize("megabytes", ["0.0", "100.0"])
+@pytest.mark.parametrize("megabytes", ["0.0", pytest.param("100.0", marks=pytest.mark.slow)])
 def test_skipped_images_are_in_the_summary(tmp_path, megabytes, capsys):
     directory = write_folder(tmp_path / "photographs", train=102, test=120)
     (directory / "test" / "class0" / "0000.png").write_bytes(b"")
@@ -269,6 +271,7 @@ def test_skipped_images_are_in_the_summary(tmp_path, megabytes, capsys):
     assert capsys.readouterr().err.count("test/class0/0000.png is empty") == 2
 
 
+@pytest.mark.slow
 def test_dataset_moved_elsewhere_is_found_by_a_flag(tmp_path, photographs):
     config = folder(photographs, "train.epochs=1")
     training.run(config, tmp_path / "run", 1, quiet=True)

@@ -195,6 +195,7 @@ def test_devices_and_their_mapping_make_no_difference(kind, count):
     np.testing.assert_allclose(carried, reference, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_calls_of_any_length_give_the_same_run(tmp_path, finished):
     """Up to how XLA fuses a loop of another length."""
     config = digits("aim_state", "train.epochs=1", "train.steps_per_call=7")

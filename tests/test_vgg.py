@@ -75,6 +75,7 @@ def test_mistakes_are_refused_in_one_line(options, size, message):
     assert str(error.value) == message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [False, True])
 def test_overfits_one_batch_of_photographs(memory):
     net = VGG(4, **SMALL, pooling="global", batch_norm=True, momentum=0.8)
@@ -98,6 +99,7 @@ def test_overfits_one_batch_of_photographs(memory):
         assert all(leaf > 0 for leaf in jax.tree.leaves(change))
 
 
+@pytest.mark.slow
 def test_trains_on_odd_sizes_and_maps_smaller_than_the_memory():
     # 97x61 px become maps of 48x30 and 24x15.
     net = AiM(
