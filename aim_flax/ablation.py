@@ -26,14 +26,23 @@ from aim_flax.console import Part, Reporter
 from aim_flax.controls import CONTROLS, derive
 from aim_flax.data.in_memory import InMemory
 from aim_flax.data.load import open_dataset, with_classes
-from aim_flax.errors import DivergenceError, InterruptionError, UsageError, check_choice, nearest
+from aim_flax.errors import (
+    BusyError,
+    DivergenceError,
+    InterruptionError,
+    UsageError,
+    check_choice,
+    nearest,
+)
 from aim_flax.experiment import Experiment
-from aim_flax.seeds import check_together, train_together
+from aim_flax.seeds import check_together, train_together, unfinished_group
 from aim_flax.table import Row, arm_table, mark_diverged, read_run, without_result
-from aim_flax.workdir import NOT_OF_THE_RUN, check_claim, differences, read_json
+from aim_flax.workdir import NOT_OF_THE_RUN, check_claim, differences, held, read_json
 
 STUDY = "study.json"
+_GROUPS = ".groups"
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_TO_WAIT = 60.0  # for another process that is adding to the study
 
 
 def run(
@@ -52,7 +61,8 @@ def run(
     """Trains what is missing of every arm with every seed, and writes the study's report.
 
     A study that was stopped goes on where it was left; arms and seeds may be added to one. A run
-    whose loss becomes NaN or infinite is marked in its workdir, and the others go on.
+    whose loss becomes NaN or infinite is marked in its workdir, and the others go on. Several
+    processes may work at one study: each leaves out the runs that another is training.
 
     Args:
       config: a config file.
@@ -85,8 +95,12 @@ def run(
     planned = _plan(config, arms, custom, overrides, derive_from)
     name = next(iter(planned.values())).config.name
     workdir = Path(workdir) if workdir is not None else Path("runs") / f"ablation-{name}"
-    study = _read_study(workdir)
-    study = _merge(study, workdir, name, config, planned, chosen, reference)
+
+    def study() -> dict[str, Any]:
+        there = _read_study(workdir)
+        return _merge(there, workdir, name, config, planned, chosen, reference)
+
+    study()  # raises before anything is touched
     experiments = _experiments(planned, chosen, device_count)
     for arm, experiment in experiments.items():
         if seeds_per_program not in (None, 1):
@@ -96,7 +110,9 @@ def run(
                 raise UsageError(f"arm {arm}: {error}; leave --seeds-per-program out") from None
         for seed in chosen:
             check_claim(_folder(workdir, arm, seed), experiment.with_seed(seed).config)
-    _write_study(workdir, study)
+    _make(workdir)
+    with held(workdir, _SECONDS_TO_WAIT):
+        _write_study(workdir, study())
     _train(workdir, experiments, chosen, seeds_per_program, quiet)
     return write_report(workdir, quiet=quiet)
 
@@ -349,9 +365,15 @@ def _read_study(workdir: Path) -> dict[str, Any] | None:
     return None
 
 
-def _write_study(workdir: Path, study: dict[str, Any]) -> None:
+def _make(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
+
+
+def _write_study(workdir: Path, study: dict[str, Any]) -> None:
+    try:
         report.write_json(workdir / STUDY, study)
     except OSError as error:
         raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
@@ -529,12 +551,14 @@ def _train(
                 label = f"{arm} {seeds_of}"
                 part = Part(reporter, label, done, count, received)
                 folders = [_folder(workdir, arm, seed) for seed in together]
-                if count > 1:
-                    train_together(
-                        experiment, together, folders, _group(workdir, arm, together), part
-                    )
-                else:
-                    _train_alone(experiment, together[0], folders[0], part, quiet)
+                try:
+                    if count == 1:
+                        _train_alone(experiment, together[0], folders[0], part, quiet)
+                    elif not all(map(_is_done, folders)):
+                        group = workdir / _GROUPS / arm / str(together[0])
+                        train_together(experiment, together, folders, group, part)
+                except BusyError as error:
+                    part.say(f"{label} left out: {error}")
                 done += count * experiment.total_steps
                 reporter.advance(done, {}, label)
                 if received and done < total:
@@ -567,8 +591,8 @@ def _programs(
     """Yields which seeds to train together, those first that were left unfinished."""
     left = [seed for seed in seeds if not _is_done(_folder(workdir, arm, seed))]
     for folder in sorted((workdir / _GROUPS / arm).glob("*"), key=lambda f: int(f.name)):
-        group = read_json(folder / _SEEDS)
-        if not any(folder.glob("checkpoints/*/")) or not any(seed in left for seed in group):
+        group = unfinished_group(folder)
+        if not any(seed in left for seed in group):
             continue
         yield group
         left = [seed for seed in left if seed not in group]
@@ -578,20 +602,6 @@ def _programs(
             left.remove(seed)
     size = seeds_per_program or (max(len(left), 1) if fits_together(experiment) else 1)
     yield from (left[i : i + size] for i in range(0, len(left), size))
-
-
-_GROUPS, _SEEDS = ".groups", "seeds.json"
-
-
-def _group(workdir: Path, arm: str, seeds: Sequence[int]) -> Path:
-    """Returns the folder of a group of seeds, in which their number is written."""
-    folder = workdir / _GROUPS / arm / str(seeds[0])
-    file = folder / _SEEDS
-    if not file.is_file() or read_json(file) != list(seeds):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        report.write_json(file, list(seeds))
-    return folder
 
 
 def _is_done(folder: Path) -> bool:

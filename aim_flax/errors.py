@@ -8,6 +8,10 @@ class UsageError(ValueError):
     """A mistake of the caller's, told in one line; scripts print it and exit with status 2."""
 
 
+class BusyError(UsageError):
+    """Another process is writing to the same place."""
+
+
 class DivergenceError(RuntimeError):
     """The loss became NaN or infinite.
 

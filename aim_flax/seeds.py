@@ -43,7 +43,7 @@ from aim_flax.training import (
     summarize,
     write_results,
 )
-from aim_flax.workdir import claim
+from aim_flax.workdir import claim, held, read_json
 
 
 def check_together(experiment: Experiment) -> None:
@@ -70,19 +70,41 @@ def train_together(
     Args:
       experiment: of the config that the runs share; its seed plays no part.
       seeds, workdirs: of the runs. A workdir that holds its finished run is left alone.
-      folder: holds the group's checkpoints while it isn't done, and is deleted then.
+      folder: holds the group's checkpoints while it isn't done, and is deleted then; what another
+        group left there is deleted first.
       part: reports on progress.
 
     Raises:
-      UsageError: `check_together`'s, or a workdir holds something else.
+      UsageError: `check_together`'s, or a workdir holds something else, or another process is at
+        work in one (BusyError).
       InterruptionError: SIGTERM or Ctrl-C; the state is saved.
     """
     check_together(experiment)
     runs = [experiment.with_seed(seed) for seed in seeds]
-    for run, workdir in zip(runs, workdirs, strict=True):
-        claim(workdir, run.config)
-    _Group(experiment, runs, workdirs, folder / "checkpoints", part).train()
-    shutil.rmtree(folder)
+    with contextlib.ExitStack() as stack:
+        for run, workdir in zip(runs, workdirs, strict=True):
+            claim(workdir, run.config)
+            stack.enter_context(held(workdir))
+        _begin(folder, seeds)
+        _Group(experiment, runs, workdirs, folder / "checkpoints", part).train()
+        shutil.rmtree(folder)
+
+
+def unfinished_group(folder: Path) -> list[int]:
+    """Returns the seeds whose common checkpoints lie in a group's folder; none where none do."""
+    if not (folder / _SEEDS).is_file() or not any(folder.glob("checkpoints/*/")):
+        return []
+    return read_json(folder / _SEEDS)
+
+
+def _begin(folder: Path, seeds: Sequence[int]) -> None:
+    if unfinished_group(folder) != list(seeds):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        report.write_json(folder / _SEEDS, list(seeds))
+
+
+_SEEDS = "seeds.json"
 
 
 @dataclasses.dataclass

@@ -1,8 +1,10 @@
 """A table of runs: python -m aim_flax.table runs/digits_mlp-*.
 
 Prints, for each arm, the mean and standard deviation of the test accuracy over its finished runs;
-with --reference ARM also its difference from that arm, paired by seed; with --csv FILE also writes
-a row per run. Runs that diverged or are not finished are counted and named.
+with --reference ARM also its difference from that arm, paired by seed; with --on val it does so for
+the accuracies that picked each run's best epoch, to choose an arm without a look at the test split;
+with --csv FILE also writes a row per run. Runs that diverged or are not finished are counted and
+named.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,6 +31,7 @@ COLUMNS = (
     "params",
     "selected_on",
 )
+SPLITS = {"test": "test", "val": "validation"}
 FINISHED, UNFINISHED = "finished", "unfinished"
 
 Row = Mapping[str, Any]
@@ -84,11 +87,16 @@ def is_finished(row: Row) -> bool:
     return row.get("status", FINISHED) == FINISHED
 
 
-def accuracies_by_arm(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
-    """Returns {arm: {seed: test accuracy}} of the finished runs; each arm of a row is there.
+def accuracies_by_arm(rows: Sequence[Row], split: str = "test") -> dict[str, dict[int, float]]:
+    """Returns {arm: {seed: accuracy}} of the finished runs; each arm of a row is there.
+
+    Args:
+      rows: see `arm_table`.
+      split: of SPLITS, whose accuracy.
 
     Raises:
-      UsageError: two rows are of the same arm and seed.
+      UsageError: two rows are of the same arm and seed; the split is "val", and a run picked its
+        best epoch on the test split.
     """
     seen: set[tuple[str, int]] = set()
     arms: dict[str, dict[int, float]] = {}
@@ -99,26 +107,32 @@ def accuracies_by_arm(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
         seen.add((arm, seed))
         accuracies = arms.setdefault(arm, {})
         if is_finished(row):
-            accuracies[seed] = float(row["test_accuracy"])
+            if split == "val" and row["selected_on"] != split:
+                raise UsageError(
+                    f"arm {arm} seed {seed} picked its best epoch on {row['selected_on']}: it has"
+                    " no validation accuracy"
+                )
+            accuracies[seed] = float(row[f"{split}_accuracy"])
     return arms
 
 
-def arm_table(rows: Sequence[Row], reference: str | None = None) -> str:
+def arm_table(rows: Sequence[Row], reference: str | None = None, split: str = "test") -> str:
     """Returns a Markdown table, a row per arm in the order of first appearance.
 
     Below it stands which runs have no result: all numbers are of finished ones.
 
     Args:
       rows: runs, with at least `arm`, `seed`, `status` (of a finished run it may be left out),
-        `test_accuracy` (0 to 1) and `params`.
+        the split's accuracy (0 to 1) and `params`.
       reference: an arm that the others are compared with, see `aim_flax.comparison.Comparison`.
+      split: "test", or "val": the accuracy by which each run's best epoch was picked.
 
     Raises:
-      UsageError: there is no such arm, or two rows are of the same arm and seed.
+      UsageError: there is no such arm; see `accuracies_by_arm`.
     """
-    arms = accuracies_by_arm(rows)
+    arms = accuracies_by_arm(rows, split)
     compared: dict[str, Comparison] = {}
-    header = ["arm", "runs", "parameters", "test accuracy, mean ± standard deviation"]
+    header = ["arm", "runs", "parameters", f"{SPLITS[split]} accuracy, mean ± standard deviation"]
     header[-1] += " (95 % interval of the mean)"
     if reference is not None:
         check_choice("--reference", reference, arms)
@@ -207,6 +221,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="aim_flax.table", description=__doc__.partition(":")[0])
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     parser.add_argument("--reference", metavar="ARM", help="compare the other arms with this one")
+    parser.add_argument(
+        "--on", choices=SPLITS, default="test", help="the split whose accuracy; default: test"
+    )
     parser.add_argument("--csv", type=Path, help="also write a row per run to this file")
     args = parser.parse_args(argv)
 
@@ -214,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = read_runs(args.workdirs)
         if args.csv:
             write_csv(args.csv, COLUMNS, rows)
-        print(arm_table(rows, args.reference))
+        print(arm_table(rows, args.reference, args.on))
 
     run_reporting_errors(work)
 

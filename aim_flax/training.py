@@ -21,7 +21,7 @@ from aim_flax.evaluation import Evaluation
 from aim_flax.experiment import Experiment
 from aim_flax.parallel import any_process, union_size
 from aim_flax.schedules import best_epoch, plateau_cuts, select_epoch, should_stop
-from aim_flax.workdir import claim, read_json, versions
+from aim_flax.workdir import claim, held, read_json, versions
 
 EPOCH_SHOWN = ("train_loss", "train_accuracy", "val_accuracy")
 
@@ -42,7 +42,7 @@ def run(
 
     Raises:
       UsageError: before anything is touched, on a config that can't be run, or a workdir that
-        holds something else.
+        holds something else, or in which another process is at work (BusyError).
       DivergenceError: the loss became NaN or infinite; the checkpoints before it are kept.
       DataError: an image can't be read; the state is saved.
       InterruptionError: SIGTERM or Ctrl-C; the state is saved.
@@ -59,11 +59,12 @@ def train(
       part: reports on progress in place of a reporter of the run's own.
     """
     claim(workdir, experiment.config)
-    if (workdir / "summary.json").is_file():
-        if not quiet:
-            print(f"{workdir} holds this run, finished")
-        return read_json(workdir / "summary.json")
-    return _Run(experiment, workdir, quiet, part).train()
+    with held(workdir):
+        if (workdir / "summary.json").is_file():
+            if not quiet:
+                print(f"{workdir} holds this run, finished")
+            return read_json(workdir / "summary.json")
+        return _Run(experiment, workdir, quiet, part).train()
 
 
 @dataclasses.dataclass

@@ -1,19 +1,24 @@
 """A run's directory: whose it is, and what code wrote it."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from aim_flax import report
 from aim_flax.config import differing_keys, flatten, to_json
-from aim_flax.errors import UsageError
+from aim_flax.errors import BusyError, UsageError
+from aim_flax.parallel import any_process
 
+LOCK = ".lock"
 # What a run may go on with changed, its results the same.
 NOT_OF_THE_RUN = ("data.dir", "data.threads")
 
@@ -87,6 +92,34 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             report.write_json(workdir / "code_version.json", versions())
     except OSError as error:
         raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def held(workdir: Path, wait: float = 0.0) -> Iterator[None]:
+    """Keeps other processes out of a workdir; all processes of a run must call this.
+
+    The operating system lets go of it when this process ends, however it ends.
+
+    Args:
+      workdir: exists.
+      wait: for so many seconds at most, while another process holds it.
+
+    Raises:
+      BusyError: another process, or another run of this one, holds the workdir.
+      UsageError: the workdir is not writable.
+    """
+    with contextlib.ExitStack() as stack:
+        busy = False
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(FileLock(workdir / LOCK, timeout=wait))
+            except Timeout:
+                busy = True
+            except OSError as error:
+                raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
+        if any_process(busy)[0]:
+            raise BusyError(f"another process is at work in {workdir}")
+        yield
 
 
 def read_json(path: Path) -> Any:

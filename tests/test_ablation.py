@@ -14,8 +14,9 @@ import pytest
 
 from aim_flax import ablation, cli, seeds, table, training
 from aim_flax import config as configs
-from aim_flax.errors import InterruptionError, UsageError
+from aim_flax.errors import BusyError, InterruptionError, UsageError
 from aim_flax.restoring import restore_run
+from aim_flax.workdir import LOCK, held
 from tests.test_cli import fails
 from tests.test_training import DIGITS, ROOT, SMALL, digits
 
@@ -37,7 +38,7 @@ def history(workdir) -> dict[str, np.ndarray]:
 
 
 def names(workdir) -> set[str]:
-    return {file.name for file in Path(workdir).iterdir()}
+    return {file.name for file in Path(workdir).iterdir()} - {LOCK}
 
 
 def snapshot(folder) -> dict[Path, int]:
@@ -237,6 +238,55 @@ def test_study_that_is_killed_again_and_again_gives_the_same_report(tmp_path):
     for name in REPORT:
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
     assert names(parts) == names(whole)
+
+
+@pytest.mark.parametrize("per_program", [None, 1])
+def test_runs_that_another_process_trains_are_left_to_it(tmp_path, capsys, per_program):
+    """What was left out is trained by the same command, once nobody holds it."""
+    workdir = tmp_path / "s"
+    options = dict(seeds_per_program=per_program, quiet=False, overrides=("train.epochs=1",))
+    study(workdir, "control", seeds="0-0", **options)
+    held_by_other = workdir / "control" / "2"
+    held_by_other.mkdir()
+    with held(held_by_other):
+        with pytest.raises(BusyError, match=f"^another process is at work in {held_by_other}$"):
+            training.run(digits("control", "train.epochs=1", "seed=2"), held_by_other, 1, True)
+        (held_by_other / "config.json").unlink()
+        (held_by_other / "code_version.json").unlink()
+        rows = study(workdir, "control", "aim_direct", seeds="0-2", **options)
+    missing = {(row["arm"], row["seed"]) for row in rows if row["status"] == "unfinished"}
+    assert missing == {("control", seed) for seed in ((2,) if per_program else (1, 2))}
+    assert f" left out: another process is at work in {held_by_other}" in capsys.readouterr().out
+    finished = snapshot(workdir / "aim_direct")
+    rows = study(workdir, "control", "aim_direct", seeds="0-2", **options)
+    assert [row["status"] for row in rows] == ["finished"] * 6
+    assert snapshot(workdir / "aim_direct") == finished
+
+
+@pytest.mark.slow
+def test_several_processes_share_a_study(tmp_path):
+    """The same command, started three times at once: all runs are trained, each of them once."""
+    flags = [f"--config.{a}" for a in (*SMALL, "train.epochs=12")]
+    command = [sys.executable, str(ROOT / "ablate.py"), "--config", DIGITS, *flags]
+    command += ["--arms", "control,aim_direct", "--seeds", "4", "--seeds-per-program", "1"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--workdir", str(tmp_path / "s")],
+            env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 3, outputs
+    lines = [line for output in outputs for line in output.splitlines()]
+    trained = [line.split(":")[1] for line in lines if ": test accuracy " in line]
+    assert len(trained) == len(set(trained)) == 8
+    assert sum("left out: another process" in output for output in outputs) >= 1
+    with (tmp_path / "s" / "results.csv").open() as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["finished"] * 8
 
 
 @pytest.mark.parametrize("per_program", [None, 1])

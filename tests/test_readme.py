@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -108,6 +109,23 @@ def test_table_of_runs(tmp_path, capsys):
         ("a", "finished", "0.6"),
         ("b", "finished", "0.25"),
     ]
+
+
+def test_table_on_the_validation_split(tmp_path, capsys):
+    for seed, accuracy in enumerate((0.5, 0.6)):
+        folder = run(tmp_path, "a", seed, 0.25)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary |= {"val_accuracy": accuracy, "selected_on": "val"}
+        write_json(folder / "summary.json", summary)
+    command = [*map(str, sorted(tmp_path.iterdir())), "--on", "val"]
+    table.main(command)
+    header, _, line = capsys.readouterr().out.splitlines()
+    assert "| validation accuracy, mean" in header
+    assert line == "| `a` | 2 | 9 | 55.00 ± 7.07 % (-8.53 to 118.53) |"
+    write_json(folder / "summary.json", summary | {"selected_on": "test"})
+    with pytest.raises(SystemExit):
+        table.main(command)
+    assert "arm a seed 1 picked its best epoch on test: it has no" in capsys.readouterr().err
 
 
 def test_comparison_is_paired_by_seed_and_corrected():
