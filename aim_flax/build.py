@@ -43,18 +43,16 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     fields = _values(config.model)
     name = fields.pop("name")
     check_choice("model.name", name, MODELS)
-    backbone = _construct("model", MODELS[name], fields | common)
+    backbone = _construct("model", MODELS[name], fields, **common)
     if config.memory is None:
         return backbone
     fields = _values(config.memory)
     fields.pop("learning_rate_scale", None)
-    update = _construct(
-        "memory.update_block", MemoryUpdate, fields.pop("update_block", {}) | common
-    )
+    of_update = fields.pop("update_block", {})
+    update = _construct("memory.update_block", MemoryUpdate, of_update, **common)
     of_memory = {f: fields.pop(f) for f in ("shape", "kind", "kernel_size") if f in fields}
     memory = _construct("memory", Memory, of_memory)
-    parts = dict(backbone=backbone, memory=memory, update=update)
-    return _construct("memory", AiM, fields | parts)
+    return _construct("memory", AiM, fields, backbone=backbone, memory=memory, update=update)
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,11 +65,14 @@ def _values(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _construct(group: str, module: type[nn.Module], values: dict[str, Any]) -> nn.Module:
-    fields = {field.name for field in dataclasses.fields(module)} - _NO_OPTIONS
-    for key in values:
-        if key not in fields:
+def _construct(
+    group: str, module: type[nn.Module], options: dict[str, Any], **given: Any
+) -> nn.Module:
+    """Returns the module with the options of a group of the config, and what isn't in the group."""
+    valid = {field.name for field in dataclasses.fields(module)} - _NO_OPTIONS - given.keys()
+    for key in options:
+        if key not in valid:
             raise UsageError(
-                f"{group}.{key} is no option of {module.__name__}{nearest(key, fields)}"
+                f"{group}.{key} is no option of {module.__name__}{nearest(key, valid)}"
             )
-    return module(**values)
+    return module(**options, **given)

@@ -126,7 +126,7 @@ def ablate(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="ablate.py",
         description="Trains every arm with every seed, or goes on where the study was left, and"
-        " compares the arms.",
+        " compares the arms. Started more than once, on one GPU each, say, it shares the work.",
         epilog="Any key of the config is a flag, for all arms: --config.train.epochs=5",
         allow_abbrev=False,
     )
@@ -233,3 +233,13 @@ def run_reporting_errors(work: Callable[[], None]) -> None:
     except InterruptionError as error:
         fail(str(error))
         sys.exit(128 + error.signal)
+    except RuntimeError as error:
+        # How XLA says it, on all platforms.
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        fail(
+            f"{str(error).splitlines()[0]}; what needs less memory: a smaller train.batch_size or"
+            " eval.batch_size, data.in_memory_mb=0, dtype=bfloat16, ablate.py's"
+            " --seeds-per-program 1"
+        )
+        sys.exit(1)

@@ -59,12 +59,15 @@ def train(
       part: reports on progress in place of a reporter of the run's own.
     """
     claim(workdir, experiment.config)
-    with held(workdir):
-        if (workdir / "summary.json").is_file():
-            if not quiet:
-                print(f"{workdir} holds this run, finished")
-            return read_json(workdir / "summary.json")
-        return _Run(experiment, workdir, quiet, part).train()
+    summary = workdir / "summary.json"
+    if not summary.is_file():
+        with held(workdir):
+            # Another process may have finished it before it let go.
+            if not summary.is_file():
+                return _Run(experiment, workdir, quiet, part).train()
+    if not quiet:
+        print(f"{workdir} holds this run, finished")
+    return read_json(summary)
 
 
 @dataclasses.dataclass

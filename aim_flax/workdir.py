@@ -54,8 +54,12 @@ def _code_version() -> str:
 def differences(there: ConfigDict, here: ConfigDict) -> str:
     """Returns in which keys two configs differ, of those that a result depends on, or ""."""
     keys = [key for key in differing_keys(there, here) if key not in NOT_OF_THE_RUN]
-    old, new = flatten(there), flatten(here)
-    return ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in keys)
+    old, new = (
+        {key: repr(value) for key, value in flatten(config).items()} for config in (there, here)
+    )
+    return ", ".join(
+        f"{key} ({old.get(key, 'missing')} there, {new.get(key, 'missing')} here)" for key in keys
+    )
 
 
 def check_claim(workdir: Path, config: ConfigDict) -> None:

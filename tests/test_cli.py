@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from aim_flax import cli
@@ -104,3 +106,13 @@ def test_scripts_run_from_anywhere(tmp_path):
         assert run.returncode == 2
         assert len(run.stderr.splitlines()) == 1
         assert run.stderr.startswith(f"{script}: ")
+
+
+def test_lack_of_device_memory_is_told_in_one_line(capsys):
+    """As XLA reports it, on CPU too."""
+    with pytest.raises(SystemExit) as end:
+        cli.run_reporting_errors(jax.jit(lambda: jax.numpy.zeros(2**45, np.float32)))
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "RESOURCE_EXHAUSTED: Out of memory" in line
+    assert "--seeds-per-program 1" in line

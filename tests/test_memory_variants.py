@@ -345,6 +345,11 @@ def test_variants_are_reached_from_a_config():
         (dict(learning_rate=0.1), "memory.learning_rate is no option of AiM"),
         (dict(no_write=(".*",)), "memory.no_write is no option of AiM"),
         (dict(alter_read=()), "memory.alter_read is no option of AiM"),
+        (dict(backbone=None), "memory.backbone is no option of AiM"),
+        (
+            dict(update_block=dict(dtype=None)),
+            "memory.update_block.dtype is no option of MemoryUpd",
+        ),
     ],
 )
 def test_wrong_variants_are_told_in_one_line(memory, message):

@@ -22,13 +22,30 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_table_is_that_of_the_committed_results():
-    with (ROOT / "results" / "digits_mlp.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert table.arm_table(rows, "control") in README
-    seeds = {arm: [r["seed"] for r in rows if r["arm"] == arm] for arm in {r["arm"] for r in rows}}
-    assert len(seeds) == 12
-    assert all(s == [str(seed) for seed in range(10)] for s in seeds.values())
+def test_tables_are_those_of_the_committed_results():
+    """Each says from which file it is made, and how."""
+    source = re.compile(r"<!-- (results/\w+\.csv) against (\w+)(?: on (\w+))? -->\n((?:\|.*\n)+)")
+    files = set()
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text()
+        tables = source.findall(text)
+        assert len(tables) == text.count("accuracy, mean ± standard deviation"), page
+        for name, reference, split, lines in tables:
+            with (ROOT / name).open() as file:
+                rows = list(csv.DictReader(file))
+            assert lines.strip() == table.arm_table(rows, reference, split or "test"), (page, name)
+            files.add(name)
+    assert "results/digits_mlp.csv" in files
+
+
+def test_committed_studies_are_of_whole_arms():
+    """Every arm has the same seeds, and all of them have a result."""
+    for study, seeds in {"digits_mlp": range(10)}.items():
+        with (ROOT / "results" / f"{study}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert {row["status"] for row in rows} == {"finished"}
+        for arm in {row["arm"] for row in rows}:
+            assert [int(row["seed"]) for row in rows if row["arm"] == arm] == list(seeds), arm
 
 
 def test_python_in_readme_runs():

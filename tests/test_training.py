@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,17 @@ def test_other_config_is_refused_and_nothing_touched(finished):
     with pytest.raises(UsageError, match=message):
         training.run(digits("aim_state", "train.epochs=4"), finished, 1)
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*")} == before
+
+
+def test_keys_that_a_config_lacks_are_called_missing(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    saved = tmp_path / "run" / "config.json"
+    config = json.loads(saved.read_text())
+    del config["memory"]["learning_rate_scale"]
+    saved.write_text(json.dumps(config))
+    message = r"differs in memory.learning_rate_scale \(missing there, 1.0 here\)"
+    with pytest.raises(UsageError, match=message):
+        training.run(digits("aim_state", "train.epochs=3"), tmp_path / "run", 1)
 
 
 @pytest.mark.parametrize(
