@@ -320,6 +320,17 @@ def test_subset_of_the_training_images_is_the_same_for_each_seed(photographs):
     assert chosen < available
 
 
+def test_evaluation_batches_mix_the_classes(photographs):
+    """In batches of one class, as folders go by class, another image's memory would tell it."""
+    first, again = (
+        load_dataset(folder(photographs, f"seed={seed}")).splits["test"] for seed in (0, 1)
+    )
+    np.testing.assert_array_equal(first.labels, again.labels)
+    np.testing.assert_array_equal(first.images, again.images)
+    assert np.bincount(first.labels).tolist() == [7, 7, 7]
+    assert sorted(set(first.labels[:7])) == [0, 1, 2]
+
+
 def test_prepare_decodes_up_to_the_limit(photographs):
     """93 images of 192 bytes: 17,856 bytes."""
     for megabytes, kind in ((17_856 / 2**20, "InMemory"), (17_855 / 2**20, "Streamed")):

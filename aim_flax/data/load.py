@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from aim_flax.data.streamed import Streamed
 
 _TFDS = "tfds:"
-# Which training images a subset has never depends on a run's seed, so that runs compare.
-_SUBSET_SEED = 0
+# Which training images a subset has, and in which order others are evaluated, never depends on a
+# run's seed, so that runs compare.
+_SEED = 0
 
 
 def load_dataset(config: ConfigDict) -> "InMemory | Streamed":
@@ -50,7 +51,7 @@ def open_dataset(config: ConfigDict) -> "InMemory | Reader":
             raise UsageError(
                 f"data.image_shape is {shape}, expected height, width, and 3 channels or 1 (grey)"
             )
-        encoded = _subset(_read_encoded(data), data.train_images)
+        encoded = _mixed(_subset(_read_encoded(data), data.train_images))
         from aim_flax.data.reading import Reader
 
         dataset = Reader(encoded, shape, data.fit, data.on_error)
@@ -121,9 +122,23 @@ def _subset(dataset: EncodedDataset, train_images: int | None) -> EncodedDataset
         raise UsageError(
             f"data.train_images is {train_images}, expected 1 to {available}, or None for all"
         )
-    chosen = np.random.default_rng(_SUBSET_SEED).permutation(available)[:train_images]
+    chosen = np.random.default_rng(_SEED).permutation(available)[:train_images]
     train = Subset(dataset.splits["train"], np.sort(chosen))
     return EncodedDataset(dataset.classes, {**dataset.splits, "train": train})
+
+
+def _mixed(dataset: EncodedDataset) -> EncodedDataset:
+    """Returns a dataset whose splits for evaluation are in a random order, always the same one.
+
+    Folders go by class. In batches of one class, the mean of a batch's memories, or the memory of
+    the next image, would give the class away (`aim_flax.interventions`).
+    """
+    splits = dict(dataset.splits)
+    for name, records in splits.items():
+        if name != "train":
+            order = np.random.default_rng(_SEED).permutation(len(records))
+            splits[name] = Subset(records, order)
+    return EncodedDataset(dataset.classes, splits)
 
 
 def _decode_all(reader: "Reader", threads: int) -> InMemory:
