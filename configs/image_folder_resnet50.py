@@ -84,12 +84,15 @@ def get_config(arm: str = "aim") -> ConfigDict:
 
 def _memory(arm: str) -> ConfigDict:
     memory = ConfigDict()
-    memory.kind = "direct"
+    # Wired as published, which gained more than what starts from zero: docs/does_memory_help.md.
+    memory.kind = "conv"  # or direct
+    memory.kernel_size = 1
     memory.shape = (7, 7, 1024)
     memory.read = r"stage\d_block\d/conv1"
-    memory.read_initial = ""
-    memory.read_mode = "add"  # or concat, scale
-    memory.zero_init = True  # the network starts out equal to `control`
+    # All but a stage's first block read a second memory, which is never updated.
+    memory.read_initial = r"stage\d_block[2-9]/conv1"
+    memory.read_mode = "concat"  # or add, scale
+    memory.zero_init = False  # True: the network starts out equal to `control`
     memory.update_after = "" if arm == "aim_no_update" else r"stage[123]_block1"
     memory.update_block = ConfigDict({"mode": "replace"})  # or residual, gated
     memory.carry = "weights"  # or state

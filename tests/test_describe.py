@@ -66,8 +66,9 @@ COUNTS = {
     # 4·128 + 16·128 + 16·256 + 64·256 + 64·512 + 256·512 = 187,392, for a first block has the map
     # of the stage before; updates on 256, 512 and 1,024 channels and the memory's: 316,800.
     "cifar10_resnet:control": (13_958_986, 30_848),
-    "cifar10_resnet:aim_no_update": (13_958_986 + 187_392 + 4_096, 30_848),
-    "cifar10_resnet:aim": (13_958_986 + 187_392 + 4_096 + 316_800, 30_848 + 3 * 128),
+    # Two memories of a 1x1 convolution, 256·256 + 256 each.
+    "cifar10_resnet:aim_no_update": (13_958_986 + 187_392 + 2 * 65_792, 30_848),
+    "cifar10_resnet:aim": (13_958_986 + 187_392 + 2 * 65_792 + 316_800, 30_848 + 3 * 128),
     # Bottleneck blocks with biases, stages of width 16 to 128. A memory of 2·2·256 has 4, 16, 64
     # and 256 channels on maps of 16, 8, 4 and 2 pixels; reads of conv1: 4·16 + 4·16 + 4·32 + 16·32
     # + 16·64 + 64·64 + 64·128 + 256·128 = 46,848; updates 25,344 + 36,288 + 61,632 = 123,264. A
@@ -89,10 +90,10 @@ COUNTS = {
     "cifar10_vgg16:aim_no_update": (15_254_602 + 18_443_264 + 4_096, 9_472),
     "cifar10_vgg16:aim": (15_254_602 + 18_443_264 + 4_096 + 396_288, 9_472 + 4 * 128),
     # torchvision's resnet50, 25,557,032 with 1,000 classes, for 81 classes; reads and updates as in
-    # stanford_dogs_resnet50:aim_stride2.
+    # stanford_dogs_resnet50:aim_stride2. Two memories of 1,024² + 1,024.
     "image_folder_resnet50:control": (25_557_032 - 2_049 * (1_000 - 81), 53_120),
-    "image_folder_resnet50:aim_no_update": (23_674_001 + 4 * 388_352 + 50_176, 53_120),
-    "image_folder_resnet50:aim": (23_674_001 + 4 * 388_352 + 50_176 + 429_120, 53_504),
+    "image_folder_resnet50:aim_no_update": (23_674_001 + 4 * 388_352 + 2 * 1_049_600, 53_120),
+    "image_folder_resnet50:aim": (23_674_001 + 4 * 388_352 + 2 * 1_049_600 + 429_120, 53_504),
 }
 
 

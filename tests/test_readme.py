@@ -20,6 +20,14 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+STUDIES = {
+    "digits_mlp": range(10),
+    "digits_search": range(200, 205),
+    "digits_confirm": range(300, 320),
+    "digits_head": range(320, 350),
+    "small_resnet_cifar10": range(10),
+    "small_resnet_grocery": range(10),
+}
 
 
 def test_tables_are_those_of_the_committed_results():
@@ -35,12 +43,12 @@ def test_tables_are_those_of_the_committed_results():
                 rows = list(csv.DictReader(file))
             assert lines.strip() == table.arm_table(rows, reference, split or "test"), (page, name)
             files.add(name)
-    assert "results/digits_mlp.csv" in files
+    assert files == {f"results/{study}.csv" for study in STUDIES}
 
 
 def test_committed_studies_are_of_whole_arms():
     """Every arm has the same seeds, and all of them have a result."""
-    for study, seeds in {"digits_mlp": range(10)}.items():
+    for study, seeds in STUDIES.items():
         with (ROOT / "results" / f"{study}.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert {row["status"] for row in rows} == {"finished"}
