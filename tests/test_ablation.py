@@ -240,6 +240,7 @@ def test_study_that_is_killed_again_and_again_gives_the_same_report(tmp_path):
     assert names(parts) == names(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_program", [None, 1])
 def test_runs_that_another_process_trains_are_left_to_it(tmp_path, capsys, per_program):
     """What was left out is trained by the same command, once nobody holds it."""

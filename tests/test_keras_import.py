@@ -307,6 +307,7 @@ def published_hdf5(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_imported_weights_are_a_run_that_can_be_restored(tmp_path, capsys, published_hdf5):
     workdir = tmp_path / "run"
     main([str(published_hdf5), "--workdir", str(workdir), *SMALL])

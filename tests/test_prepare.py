@@ -260,7 +260,9 @@ def test_ctrl_c_ends_at_once_and_says_how_to_go_on(tmp_path):
     # A download that would take a minute, and TensorFlow's place taken where it isn't installed:
     # a dataset of files needs none of it.
     program = """
-        import http.server, threading, time
+        import http.server, signal, threading, time
+        # As from a terminal: what a script starts in the background ignores Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         import tensorflow_datasets as tfds
 
         class Handler(http.server.BaseHTTPRequestHandler):

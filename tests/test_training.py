@@ -61,6 +61,7 @@ def finished(tmp_path_factory, standard_promotion, quick_compile) -> Path:
 def test_run_leaves_its_files(finished):
     names = {file.name for file in finished.iterdir()}
     assert names == {
+        ".lock",
         "config.json",
         "code_version.json",
         "metrics.csv",
@@ -232,6 +233,7 @@ def test_epochs_visit_each_example_at_most_once_in_an_order_of_their_own():
     assert (orders[0] != orders[2]).any()
 
 
+@pytest.mark.slow
 def test_signal_saves_and_the_run_goes_on(tmp_path):
     """Interrupted within an epoch, and continued on two devices: the end is the same."""
     config = digits("aim_state", "train.epochs=3", "train.steps_per_call=5")
