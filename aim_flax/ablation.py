@@ -552,9 +552,11 @@ def _train(
                 part = Part(reporter, label, done, count, received)
                 folders = [_folder(workdir, arm, seed) for seed in together]
                 try:
-                    if count == 1:
+                    if all(map(_is_done, folders)):
+                        pass  # another process has trained them meanwhile
+                    elif count == 1:
                         _train_alone(experiment, together[0], folders[0], part, quiet)
-                    elif not all(map(_is_done, folders)):
+                    else:
                         group = workdir / _GROUPS / arm / str(together[0])
                         train_together(experiment, together, folders, group, part)
                 except BusyError as error:

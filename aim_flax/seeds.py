@@ -45,6 +45,8 @@ from aim_flax.training import (
 )
 from aim_flax.workdir import claim, held, read_json
 
+_SEEDS = "seeds.json"
+
 
 def check_together(experiment: Experiment) -> None:
     """Raises UsageError if seeds of this experiment can only be trained one by one."""
@@ -102,9 +104,6 @@ def _begin(folder: Path, seeds: Sequence[int]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         report.write_json(folder / _SEEDS, list(seeds))
-
-
-_SEEDS = "seeds.json"
 
 
 @dataclasses.dataclass

@@ -5,7 +5,6 @@ Rounds alternate between the ways. Ours are computed within one compiled call of
 """
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import numpy as np
 
 from aim_flax.data.in_memory import Split, TrainBatches
 from aim_flax.parallel import Devices
+from aim_flax.report import write_csv
 
 EXAMPLES, SHAPE, SHIFT, STEPS = 50_000, (32, 32, 3), 4, 50
 
@@ -96,10 +96,7 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, list(rows[0]), rows)
 
 
 def compare(

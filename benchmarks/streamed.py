@@ -9,7 +9,6 @@ installed; without --tf-python it is left out.
 """
 
 import argparse
-import csv
 import resource
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from aim_flax.data.folder import read_folder
 from aim_flax.data.reading import Reader
 from aim_flax.data.streamed import Streamed, TrainBatches
 from aim_flax.parallel import Devices
+from aim_flax.report import write_csv
 
 FILES, HEIGHT, WIDTH, SIZE = 600, 375, 500, 224
 AUGMENTATIONS = {"none": None, "crop and flip": {"crop": 0.25, "flip_horizontal": True}}
@@ -121,10 +121,7 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, list(rows[0]), rows)
 
 
 def compare(
