@@ -1,11 +1,17 @@
 """What a run says while it goes: a progress bar on a terminal, plain lines elsewhere."""
 
+import argparse
+import logging
 import sys
 import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from aim_flax.errors import DataError, DivergenceError, InterruptionError, UsageError
 
 
 class Reporter:
@@ -104,3 +110,54 @@ class Part:
 def fail(message: str) -> None:
     """Prints one line on standard error, after the program's name."""
     print(f"{sys.argv[0].rpartition('/')[2]}: {message}", file=sys.stderr)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
+
+
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the flags, and the "key=value" of each --config.key=value (or --config.key value)."""
+    args, rest = parser.parse_known_args(argv)
+    assignments: list[str] = []
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--config."):
+            parser.error(f"unknown argument {word!r}")
+        assignment = word.removeprefix("--config.")
+        if "=" not in assignment:
+            assignment += "=" + next(words, "")
+        assignments.append(assignment)
+    return args, assignments
+
+
+def run_reporting_errors(work: Callable[[], None]) -> None:
+    """Calls a command's work; what a user did wrong becomes one line and an exit status."""
+    # Orbax and absl report each step of each checkpoint; what a user needs, this project says.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        work()
+    except UsageError as error:
+        fail(str(error))
+        sys.exit(2)
+    except (DataError, DivergenceError) as error:
+        fail(str(error))
+        sys.exit(1)
+    except InterruptionError as error:
+        fail(str(error))
+        sys.exit(128 + error.signal)
+    except RuntimeError as error:
+        # How XLA says it, on all platforms.
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        fail(
+            f"{str(error).splitlines()[0]}; what needs less memory: a smaller train.batch_size or"
+            " eval.batch_size, data.in_memory_mb=0, dtype=bfloat16, ablate.py's"
+            " --seeds-per-program 1"
+        )
+        sys.exit(1)

@@ -66,7 +66,7 @@ class AiM(nn.Module):
         with `written` the last memory of the pass averaged over batch and devices, `weights`
         the memory before it, and no gradient.
       carry_rate: that rate, in (0, 1].
-      alter_read, no_write: for evaluation only, and set by `aim_flax.interventions.intervene`:
+      alter_read, no_write: for evaluation only, and set by `evaluate.interventions.intervene`:
         pairs of a pattern and what it does to the memory that matching reads find, applied in this
         order; and patterns of places whose update blocks don't write.
 

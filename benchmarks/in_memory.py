@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from aim_flax.data.in_memory import Split, TrainBatches
-from aim_flax.parallel import Devices
-from aim_flax.report import write_csv
+from aim_flax.devices import Devices
+from aim_flax.files import write_csv
 
 EXAMPLES, SHAPE, SHIFT, STEPS = 50_000, (32, 32, 3), 4, 50
 

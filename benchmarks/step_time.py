@@ -22,10 +22,10 @@ import optax
 
 from aim_flax import build_model
 from aim_flax import config as configs
-from aim_flax.cli import run_reporting_errors
+from aim_flax.console import run_reporting_errors
 from aim_flax.errors import UsageError
-from aim_flax.schedules import build_optimizer
-from aim_flax.steps import create_state, train_step
+from aim_flax.train.optimizer import build_optimizer
+from aim_flax.train.step import create_state, train_step
 
 COLUMNS = ("variant", "batch_size", "seconds", "images_per_second", "ratio", "mebibytes", "device")
 

@@ -27,8 +27,8 @@ from sklearn.datasets import load_sample_images
 from aim_flax.data.folder import read_folder
 from aim_flax.data.reading import Reader
 from aim_flax.data.streamed import Streamed, TrainBatches
-from aim_flax.parallel import Devices
-from aim_flax.report import write_csv
+from aim_flax.devices import Devices
+from aim_flax.files import write_csv
 
 FILES, HEIGHT, WIDTH, SIZE = 600, 375, 500, 224
 AUGMENTATIONS = {"none": None, "crop and flip": {"crop": 0.25, "flip_horizontal": True}}

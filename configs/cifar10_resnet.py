@@ -1,6 +1,6 @@
 """CIFAR-10, a ResNet with the stem for small images, with and without memory.
 
-python -m aim_flax.data.prepare cifar10                        # once, with the extra `prepare`
+python -m aim_flax.cli.prepare cifar10                        # once, with the extra `prepare`
 python train.py --config configs/cifar10_resnet.py             # the arm `aim`
 python train.py --config configs/cifar10_resnet.py:control
 

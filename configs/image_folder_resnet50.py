@@ -1,6 +1,6 @@
 """Your own photographs, ResNet50, with and without memory.
 
-python -m aim_flax.data.inspect DIR                            # what is in there, and what is wrong
+python -m aim_flax.cli.inspect DIR                            # what is in there, and what is wrong
 python train.py --config configs/image_folder_resnet50.py --config.data.dir=DIR
 python train.py --config configs/image_folder_resnet50.py:control --config.data.dir=DIR
 

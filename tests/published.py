@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aim_flax import AiM, Memory
-from aim_flax.keras_import import variables_from_keras
+from aim_flax.models.keras_weights import variables_from_keras
 from aim_flax.models.resnet import ResNet
 
 GOLDEN = json.loads(Path(__file__).with_name("data").joinpath("published_small.json").read_text())

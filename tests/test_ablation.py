@@ -12,11 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aim_flax import ablation, cli, seeds, table, training
 from aim_flax import config as configs
+from aim_flax.cli import ablate as ablate_command
+from aim_flax.cli import evaluate as evaluate_command
 from aim_flax.errors import BusyError, InterruptionError, UsageError
-from aim_flax.restoring import restore_run
-from aim_flax.workdir import LOCK, held
+from aim_flax.study import plan as planning
+from aim_flax.study import results
+from aim_flax.study import study as studies
+from aim_flax.train import loop, seeds
+from aim_flax.train.restore import restore_run
+from aim_flax.train.workdir import LOCK, held
 from tests.test_cli import fails
 from tests.test_training import DIGITS, ROOT, SMALL, digits
 
@@ -28,7 +33,7 @@ REPORT = ("report.md", "results.csv", "curves.png", "differences.png", "study.js
 def study(workdir, *arms, overrides=("train.epochs=2",), seeds="2", **options):
     """Runs a study of small networks on one device."""
     options = dict(quiet=True, device_count=1) | options
-    return ablation.run(DIGITS, workdir, arms, seeds, overrides=[*SMALL, *overrides], **options)
+    return studies.run(DIGITS, workdir, arms, seeds, overrides=[*SMALL, *overrides], **options)
 
 
 def history(workdir) -> dict[str, np.ndarray]:
@@ -83,11 +88,11 @@ def test_seeds_trained_together_are_those_trained_alone(tmp_path, arm, devices, 
     overrides = [*SMALL, "train.epochs=3", "model.dropout=0.2", *overrides]
     workdir = tmp_path / "s"
     options = dict(device_count=devices, quiet=True)
-    ablation.run(str(file), workdir, [arm], "4-5", overrides=overrides, **options)
+    studies.run(str(file), workdir, [arm], "4-5", overrides=overrides, **options)
     together, other, alone = workdir / arm / "5", workdir / arm / "4", tmp_path / "alone"
     config = configs.load(f"{file}:{arm}")
     own = [a for a in overrides if config.memory is not None or not a.startswith("memory.")]
-    training.run(configs.override(config, [*own, "seed=5"]), alone, devices, quiet=True)
+    loop.run(configs.override(config, [*own, "seed=5"]), alone, devices, quiet=True)
     assert names(together) == names(alone)
     a, b = history(together), history(alone)
     assert a.keys() == b.keys()
@@ -111,7 +116,7 @@ def test_seeds_trained_together_are_those_trained_alone(tmp_path, arm, devices, 
 
 def test_study_leaves_runs_that_tables_and_scripts_read(whole, capsys):
     assert names(whole) == {"aim_state", "control", *REPORT}
-    rows = table.read_runs(sorted(whole.glob("*/*")))
+    rows = results.read_runs(sorted(whole.glob("*/*")))
     assert [(row["arm"], row["seed"]) for row in rows] == [
         (arm, seed) for arm in ("aim_state", "control") for seed in range(2)
     ]
@@ -120,7 +125,7 @@ def test_study_leaves_runs_that_tables_and_scripts_read(whole, capsys):
         written = list(csv.DictReader(file))
     assert [float(row["test_accuracy"]) for row in written] == [r["test_accuracy"] for r in rows]
     run = whole / "aim_state" / "1"
-    cli.evaluate(["--workdir", str(run), "--devices", "1"])
+    evaluate_command.main(["--workdir", str(run), "--devices", "1"])
     summary = json.loads((run / "summary.json").read_text())
     assert f"accuracy {summary['test_accuracy']:.2%}" in capsys.readouterr().out
     for file in ("eval_test.json", "confusion_test.png"):
@@ -136,7 +141,7 @@ def test_report_says_the_command_that_makes_it(whole, tmp_path, capsys, monkeypa
         f" {flags} --config.train.epochs=3 --config.model.dropout=0.3"
     )
     before = {name: (whole / name).read_bytes() for name in REPORT}
-    cli.ablate(["--report-only", "--workdir", str(whole)])
+    ablate_command.main(["--report-only", "--workdir", str(whole)])
     assert {name: (whole / name).read_bytes() for name in REPORT} == before
     assert "| `control` | 2 |" in capsys.readouterr().out
 
@@ -170,7 +175,7 @@ def test_interrupted_group_goes_on_and_gives_the_same_report(tmp_path, monkeypat
     with pytest.raises(InterruptionError, match="SIGTERM: saved at step 38; the same command"):
         study(parts, *arguments, **options)
     assert names(parts) == {".groups", "aim_state", "control", "study.json"}
-    ablation.write_report(parts, quiet=True)
+    studies.write_report(parts, quiet=True)
     assert "| `control` | 0 of 2; 2 unfinished |" in (parts / "report.md").read_text()
     before = snapshot(parts / "aim_state")
     steps = []
@@ -251,7 +256,7 @@ def test_runs_that_another_process_trains_are_left_to_it(tmp_path, capsys, per_p
     held_by_other.mkdir()
     with held(held_by_other):
         with pytest.raises(BusyError, match=f"^another process is at work in {held_by_other}$"):
-            training.run(digits("control", "train.epochs=1", "seed=2"), held_by_other, 1, True)
+            loop.run(digits("control", "train.epochs=1", "seed=2"), held_by_other, 1, True)
         (held_by_other / "config.json").unlink()
         (held_by_other / "code_version.json").unlink()
         rows = study(workdir, "control", "aim_direct", seeds="0-2", **options)
@@ -293,7 +298,7 @@ def test_several_processes_share_a_study(tmp_path):
 @pytest.mark.parametrize("per_program", [None, 1])
 def test_signal_while_results_are_written_ends_the_study(tmp_path, monkeypatch, per_program):
     """Of the first arm, whose runs are finished all the same."""
-    module = seeds if per_program is None else training
+    module = seeds if per_program is None else loop
     original = module.write_results
 
     def interrupt(workdir, *args):
@@ -340,7 +345,7 @@ def test_one_by_one_is_the_single_run_and_goes_on(tmp_path, monkeypatch):
     options = dict(overrides=overrides, seeds_per_program=1)
     interrupted_once(
         monkeypatch,
-        training._Run,
+        loop._Run,
         "_check_finite",
         lambda run: run.config.seed == 1 and run.step == 19,
     )
@@ -350,7 +355,7 @@ def test_one_by_one_is_the_single_run_and_goes_on(tmp_path, monkeypatch):
     study(tmp_path / "s", "control", **(options | {"seeds_per_program": None}))
     for seed in range(2):
         alone = tmp_path / f"alone{seed}"
-        training.run(digits("control", *overrides, f"seed={seed}"), alone, 1, quiet=True)
+        loop.run(digits("control", *overrides, f"seed={seed}"), alone, 1, quiet=True)
         metrics = [w / "metrics.csv" for w in (alone, tmp_path / "s" / "control" / str(seed))]
         assert metrics[0].read_bytes() == metrics[1].read_bytes()
 
@@ -369,7 +374,7 @@ def test_a_seed_that_diverges_is_marked_and_the_others_go_on(tmp_path, monkeypat
 
         monkeypatch.setattr(seeds._Group, "_note", spoil)
     else:
-        check = training._Run._check_finite
+        check = loop._Run._check_finite
 
         def spoil(self, losses, first_step):
             losses = np.array(losses)
@@ -377,7 +382,7 @@ def test_a_seed_that_diverges_is_marked_and_the_others_go_on(tmp_path, monkeypat
                 losses[25 - first_step] = np.nan
             check(self, losses, first_step)
 
-        monkeypatch.setattr(training._Run, "_check_finite", spoil)
+        monkeypatch.setattr(loop._Run, "_check_finite", spoil)
     rows = study(tmp_path / "s", "control", seeds_per_program=per_program)
     assert [row["status"] for row in rows] == ["finished", "diverged at step 25"]
     assert rows[0] == reference[0]
@@ -440,22 +445,22 @@ def test_arms_and_seeds_are_added(tmp_path):
 
 
 def test_an_arm_of_the_file_wins_over_a_derived_one():
-    plan = ablation._plan(DIGITS, ["control", "memory_zero"], [], [], None)
+    plan = planning.plan(DIGITS, ["control", "memory_zero"], [], [], None)
     assert plan["control"].options["derive_from"] is None
     assert plan["memory_zero"].options["derive_from"] == "aim"
     assert plan["memory_zero"].config.memory.kind == "zero"
-    plan = ablation._plan(DIGITS, ["control", "aim_state", "memory_zero"], [], [], None)
+    plan = planning.plan(DIGITS, ["control", "aim_state", "memory_zero"], [], [], None)
     assert plan["memory_zero"].config.memory.carry == "state"
 
 
 def test_controls_of_a_custom_arm():
     custom = ["big:memory.shape=(128,)", "bigger=big:memory.shape=(256,)"]
-    plan = ablation._plan(DIGITS, ["memory_double"], custom, [], "big")
+    plan = planning.plan(DIGITS, ["memory_double"], custom, [], "big")
     assert plan["memory_double"].config.memory.shape == (256,)
     assert plan["memory_double"].options["custom"] == {"big": custom[0]}
     assert plan["bigger"].options["custom"] == {"big": custom[0], "bigger": custom[1]}
     with pytest.raises(UsageError, match="the arm frozen is derived from itself"):
-        ablation._plan(DIGITS, [], ["frozen=memory_frozen:seed_=1"], [], "frozen")
+        planning.plan(DIGITS, [], ["frozen=memory_frozen:seed_=1"], [], "frozen")
 
 
 @pytest.mark.parametrize(
@@ -469,8 +474,8 @@ def test_controls_of_a_custom_arm():
     ],
 )
 def test_seeds(text, expected):
-    assert ablation.parse_seeds(text) == expected
-    assert ablation.parse_seeds(ablation._format_seeds(expected)) == expected
+    assert planning.parse_seeds(text) == expected
+    assert planning.parse_seeds(planning.format_seeds(expected)) == expected
 
 
 @pytest.mark.parametrize(
@@ -512,16 +517,16 @@ def test_wrong_use_is_one_line_and_touches_nothing(capsys, tmp_path, monkeypatch
     (tmp_path / "file").write_text("x")
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path)
-    assert message in fails(capsys, cli.ablate, "--config", DIGITS, *flags)
+    assert message in fails(capsys, ablate_command.main, "--config", DIGITS, *flags)
     assert snapshot(tmp_path) == before
 
 
 def test_config_is_a_file_and_required(capsys, tmp_path):
-    line = fails(capsys, cli.ablate, "--config", f"{DIGITS}:aim", "--arms", "aim")
+    line = fails(capsys, ablate_command.main, "--config", f"{DIGITS}:aim", "--arms", "aim")
     assert "expected a file; its arms are named by --arms" in line
-    assert "are required: --config" in fails(capsys, cli.ablate, "--arms", "aim")
+    assert "are required: --config" in fails(capsys, ablate_command.main, "--arms", "aim")
     assert "holds no study" in fails(
-        capsys, cli.ablate, "--report-only", "--workdir", str(tmp_path)
+        capsys, ablate_command.main, "--report-only", "--workdir", str(tmp_path)
     )
 
 
@@ -547,12 +552,12 @@ def test_study_of_another_config_is_refused_and_nothing_touched(whole):
 
 
 def test_convolutions_on_cpu_run_one_by_one(tmp_path):
-    from aim_flax.experiment import Experiment
+    from aim_flax.train.experiment import Experiment
 
-    assert ablation.fits_together(Experiment(digits("aim"), 1))
-    assert not ablation.fits_together(Experiment(digits("aim", "train.stop_patience=3"), 1))
+    assert studies.fits_together(Experiment(digits("aim"), 1))
+    assert not studies.fits_together(Experiment(digits("aim", "train.stop_patience=3"), 1))
     config = digits("control")
     with config.unlocked():
         config.model = {"name": "resnet", "num_classes": 10, "stage_sizes": (1,), "width": 4}
         config.model.stem = "cifar"
-    assert not ablation.fits_together(Experiment(config.lock(), 1))
+    assert not studies.fits_together(Experiment(config.lock(), 1))

@@ -10,9 +10,9 @@ import pytest
 
 from aim_flax import build_model
 from aim_flax import config as configs
-from aim_flax.experiment import Experiment
-from aim_flax.schedules import build_optimizer
-from aim_flax.steps import create_state, train_step
+from aim_flax.train.experiment import Experiment
+from aim_flax.train.optimizer import build_optimizer
+from aim_flax.train.step import create_state, train_step
 from tests.test_training import digits
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")

@@ -5,9 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from aim_flax import restoring, training
-from aim_flax.checkpoint import Checkpoints
 from aim_flax.errors import UsageError
+from aim_flax.train import loop, restore
+from aim_flax.train.checkpoint import Checkpoints
 from tests.test_training import assert_same_end, digits
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
@@ -84,15 +84,15 @@ def test_any_file_cut_short_is_noticed_or_makes_no_difference(tmp_path, capfd):
 def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys):
     config = digits("aim_state", "train.epochs=3")
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
-    training.run(config, whole, 1, quiet=True)
+    loop.run(config, whole, 1, quiet=True)
     shutil.copytree(whole, damaged)
     (damaged / "summary.json").unlink()
     latest = damaged / "checkpoints" / "57"
     for file in latest.rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    assert restoring.restore_run(damaged, "latest").step == 38
-    training.run(config, damaged, 1, quiet=True)
+    assert restore.restore_run(damaged, "latest").step == 38
+    loop.run(config, damaged, 1, quiet=True)
     output = capsys.readouterr().out
     assert "the checkpoint of step 57 cannot be read" in output
     assert "going back to step 38" in output

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from aim_flax import cli
+from aim_flax import console
+from aim_flax.cli import evaluate as evaluate_command
+from aim_flax.cli import train as train_command
 from tests.test_training import DIGITS, ROOT, SMALL
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
@@ -46,7 +48,7 @@ def test_wrong_use_of_train_is_one_line_and_touches_nothing(
     capsys, tmp_path, monkeypatch, flags, message
 ):
     monkeypatch.chdir(tmp_path)
-    line = fails(capsys, cli.train, *flags)
+    line = fails(capsys, train_command.main, *flags)
     assert message in line
     assert list(tmp_path.iterdir()) == []
 
@@ -61,37 +63,39 @@ def test_wrong_use_of_train_is_one_line_and_touches_nothing(
 )
 def test_wrong_use_of_eval_is_one_line(capsys, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    assert message in fails(capsys, cli.evaluate, *flags)
+    assert message in fails(capsys, evaluate_command.main, *flags)
 
 
 def test_damaged_config_of_a_run_is_told(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
-    line = fails(capsys, cli.train, "--config", DIGITS, *FLAGS, "--workdir", str(tmp_path))
+    line = fails(capsys, train_command.main, "--config", DIGITS, *FLAGS, "--workdir", str(tmp_path))
     assert "config.json is damaged: " in line
 
 
 def test_train_and_eval_on_the_command_line(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = [*FLAGS, "--config.train.epochs", "2", "--config.seed=3", "--devices", "1"]
-    cli.train(["--config", DIGITS, *small])
+    train_command.main(["--config", DIGITS, *small])
     output = capsys.readouterr().out
     assert "step 38/38: train_loss" in output
     assert "digits_mlp:aim seed 3: test accuracy" in output
     workdir = Path("runs/digits_mlp-aim-3")
     assert (workdir / "summary.json").is_file()
-    cli.train(["--config", DIGITS, *small])
+    train_command.main(["--config", DIGITS, *small])
     assert capsys.readouterr().out == f"{workdir} holds this run, finished\n"
-    cli.evaluate(["--workdir", str(workdir), "--split", "val", "--checkpoint", "38"])
+    evaluate_command.main(["--workdir", str(workdir), "--split", "val", "--checkpoint", "38"])
     assert "val split, 180 images" in capsys.readouterr().out
     assert (workdir / "eval_val.json").is_file()
-    line = fails(capsys, cli.evaluate, "--workdir", str(workdir), "--checkpoint", "39")
+    line = fails(capsys, evaluate_command.main, "--workdir", str(workdir), "--checkpoint", "39")
     assert "no checkpoint of step 39" in line
 
 
 def test_workdir_that_cannot_be_written_is_told(capsys, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
-    line = fails(capsys, cli.train, "--config", DIGITS, *FLAGS, "--workdir", str(file / "run"))
+    line = fails(
+        capsys, train_command.main, "--config", DIGITS, *FLAGS, "--workdir", str(file / "run")
+    )
     assert "is not writable: Not a directory" in line
 
 
@@ -111,7 +115,7 @@ def test_scripts_run_from_anywhere(tmp_path):
 def test_lack_of_device_memory_is_told_in_one_line(capsys):
     """As XLA reports it, on CPU too."""
     with pytest.raises(SystemExit) as end:
-        cli.run_reporting_errors(jax.jit(lambda: jax.numpy.zeros(2**45, np.float32)))
+        console.run_reporting_errors(jax.jit(lambda: jax.numpy.zeros(2**45, np.float32)))
     assert end.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "RESOURCE_EXHAUSTED: Out of memory" in line

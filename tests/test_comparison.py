@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from aim_flax.comparison import Comparison, Summary, compare, holm, summarize
 from aim_flax.errors import UsageError
-from aim_flax.table import accuracies_by_arm
+from aim_flax.statistics import Comparison, Summary, compare, holm, summarize
+from aim_flax.study.results import accuracies_by_arm
 
 DATA = Path(__file__).parent / "data"
 

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from aim_flax import config as configs
 from aim_flax.config import differing_keys
-from aim_flax.controls import CONTROLS, count, derive
-from aim_flax.describe import describe
 from aim_flax.errors import UsageError
+from aim_flax.models.describe import describe
+from aim_flax.study.controls import CONTROLS, count, derive
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RESNET = [

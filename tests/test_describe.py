@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from aim_flax import cli
 from aim_flax import config as configs
-from aim_flax.describe import describe, multiply_adds
+from aim_flax.cli import train as train_command
+from aim_flax.models.describe import describe, multiply_adds
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -123,7 +123,7 @@ def test_counts(arm):
 
 
 def test_table_names_backbone_memory_reads_and_updates(capsys):
-    cli.train(["--config", f"{CONFIGS / 'digits_mlp'}.py", "--describe"])
+    train_command.main(["--config", f"{CONFIGS / 'digits_mlp'}.py", "--describe"])
     rows = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[2:-3]]
     assert [(name, int(n.replace(",", ""))) for name, n, _ in rows] == [
         ("backbone", 85_002),

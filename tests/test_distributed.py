@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aim_flax import training
-from aim_flax.restoring import restore_run
+from aim_flax.train import loop
+from aim_flax.train.restore import restore_run
 from tests.photos import write_folder
 from tests.test_streamed import CONFIG, folder, losses, small
 from tests.test_training import DIGITS, ROOT, SMALL, digits
@@ -79,7 +79,7 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path, kind):
     assert "step" not in outputs[1]
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["steps"] == 152
 
-    training.run(digits("aim_state", *flags), tmp_path / "one", 4, quiet=True)
+    loop.run(digits("aim_state", *flags), tmp_path / "one", 4, quiet=True)
     one, two = (losses(tmp_path / run) for run in ("one", "two"))
     np.testing.assert_allclose(two[:2], one[:2], rtol=1e-5)
     assert restore_run(tmp_path / "two", "latest").step == 152
@@ -97,7 +97,7 @@ def test_each_process_reads_its_share_of_what_streams(tmp_path, kind):
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sorted(output.count("left out:") for output in outputs) == [0, 1]
 
-    summary = training.run(folder(photographs, *flags), tmp_path / "one", 4, quiet=True)
+    summary = loop.run(folder(photographs, *flags), tmp_path / "one", 4, quiet=True)
     assert summary["skipped_images"] == 1
     both = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert both["skipped_images"] == 1

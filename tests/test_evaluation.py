@@ -10,17 +10,28 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from aim_flax import AiM, Memory, cli, effects, intervene, report, restoring, training
+from aim_flax import AiM, Memory, intervene
 from aim_flax import config as configs
-from aim_flax.comparison import holm
+from aim_flax.cli import evaluate as evaluate_command
 from aim_flax.data.digits import load_digits
 from aim_flax.data.in_memory import EvalBatches, Split
-from aim_flax.effects import Effect
+from aim_flax.devices import Devices
 from aim_flax.errors import UsageError
-from aim_flax.evaluation import Evaluation, build_evaluate, memory_use
-from aim_flax.interventions import READ_KINDS, Choosable, layers, matching, reads_per_example
+from aim_flax.evaluate import effects, report
+from aim_flax.evaluate.effects import Effect
+from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
+from aim_flax.evaluate.interventions import (
+    READ_KINDS,
+    Choosable,
+    layers,
+    matching,
+    reads_per_example,
+)
+from aim_flax.evaluate.memory_use import memory_use
 from aim_flax.models.mlp import MLP
-from aim_flax.parallel import Devices
+from aim_flax.statistics import holm
+from aim_flax.train import evaluate_run, loop, restore
+from aim_flax.train import report as run_report
 from tests.test_latch_contract import random_variables
 from tests.test_training import digits
 
@@ -154,14 +165,14 @@ def test_memory_use_is_in_the_order_of_the_calls():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, standard_promotion, quick_compile):
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    summary = training.run(digits("aim", "train.epochs=3"), workdir, 1, quiet=True)
+    summary = loop.run(digits("aim", "train.epochs=3"), workdir, 1, quiet=True)
     return workdir, summary
 
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_evaluation_of_the_best_checkpoint_equals_the_summary(run, devices, capsys):
     workdir, summary = run
-    evaluation = restoring.evaluate_run(workdir, "best", "test", devices)
+    evaluation = evaluate_run.evaluate_run(workdir, "best", "test", devices)
     assert evaluation.accuracy == summary["test_accuracy"]
     assert evaluation.loss == pytest.approx(summary["test_loss"], rel=1e-5)
     written = json.loads((workdir / "eval_test.json").read_text())
@@ -175,7 +186,7 @@ def test_evaluation_of_the_best_checkpoint_equals_the_summary(run, devices, caps
 
 def test_restored_network_is_a_plain_linen_module(run):
     workdir, summary = run
-    restored = restoring.restore_run(workdir)
+    restored = restore.restore_run(workdir)
     test = load_digits().splits["test"]
     logits = restored.model.apply(restored.variables, test.images / np.float32(16), train=False)
     accuracy = (np.argmax(logits, -1) == test.labels).mean()
@@ -187,10 +198,10 @@ def test_restored_network_is_a_plain_linen_module(run):
 
 def test_an_altered_evaluation_says_so_and_leaves_the_other_alone(run, capsys):
     workdir, summary = run
-    keep = restoring.evaluate_run(workdir, device_count=1)
+    keep = evaluate_run.evaluate_run(workdir, device_count=1)
     before = {path.name: path.read_bytes() for path in workdir.glob("*_test.*")}
     capsys.readouterr()
-    zero = restoring.evaluate_run(workdir, device_count=1, memory="zero", at="layer.*")
+    zero = evaluate_run.evaluate_run(workdir, device_count=1, memory="zero", at="layer.*")
     printed = capsys.readouterr().out
     assert "with altered memory (zero at 'layer.*'): loss" in printed
     assert {path.name: path.read_bytes() for path in workdir.glob("*_test.*")} == before
@@ -201,7 +212,7 @@ def test_an_altered_evaluation_says_so_and_leaves_the_other_alone(run, capsys):
     assert json.loads(before["eval_test.json"])["memory"] == "keep"
 
     # It is the network that `intervene` makes.
-    restored, test = restoring.restore_run(workdir), load_digits().splits["test"]
+    restored, test = restore.restore_run(workdir), load_digits().splits["test"]
     for model, evaluation in (
         (restored.model, keep),
         (intervene(restored.model, "zero", "layer.*"), zero),
@@ -214,12 +225,12 @@ def test_an_altered_evaluation_says_so_and_leaves_the_other_alone(run, capsys):
 
 @pytest.fixture(scope="module")
 def measured(run):
-    return restoring.evaluate_interventions(run[0], device_count=1, per_layer=True)
+    return evaluate_run.evaluate_interventions(run[0], device_count=1, per_layer=True)
 
 
 @pytest.mark.slow
 def test_every_effect_is_that_of_the_network_that_intervene_makes(run, measured):
-    restored, test = restoring.restore_run(run[0]), load_digits().splits["test"]
+    restored, test = restore.restore_run(run[0]), load_digits().splits["test"]
     images = test.images / np.float32(16)
 
     def is_correct(kind, layer):
@@ -349,18 +360,18 @@ def test_mcnemar_is_exact():
 
 
 def test_what_cannot_be_altered_is_told_before_anything_is_written(run, tmp_path):
-    training.run(digits("control", "train.epochs=1"), tmp_path / "run", 1, quiet=True)
+    loop.run(digits("control", "train.epochs=1"), tmp_path / "run", 1, quiet=True)
     before = set(tmp_path.rglob("*"))
     for act in (
-        lambda: restoring.evaluate_run(tmp_path / "run", memory="zero"),
-        lambda: restoring.evaluate_interventions(tmp_path / "run"),
+        lambda: evaluate_run.evaluate_run(tmp_path / "run", memory="zero"),
+        lambda: evaluate_run.evaluate_interventions(tmp_path / "run"),
     ):
         with pytest.raises(UsageError, match="^there is no memory to alter: the network is a MLP$"):
             act()
     assert set(tmp_path.rglob("*")) == before
     for act in (
-        lambda: restoring.evaluate_run(run[0], memory="mean", at="heat"),
-        lambda: restoring.evaluate_interventions(run[0], at="heat"),
+        lambda: evaluate_run.evaluate_run(run[0], memory="mean", at="heat"),
+        lambda: evaluate_run.evaluate_interventions(run[0], at="heat"),
     ):
         with pytest.raises(UsageError, match=r"no read of MLP \(did you mean 'head'\?\); there"):
             act()
@@ -377,7 +388,7 @@ def test_what_cannot_be_altered_is_told_before_anything_is_written(run, tmp_path
 )
 def test_wrong_flags_are_told_in_a_line(run, capsys, flags, message):
     with pytest.raises(SystemExit) as exit_:
-        cli.evaluate(["--workdir", str(run[0]), "--devices", "1", *flags])
+        evaluate_command.main(["--workdir", str(run[0]), "--devices", "1", *flags])
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -385,13 +396,13 @@ def test_wrong_flags_are_told_in_a_line(run, capsys, flags, message):
 
 def test_command_line_with_altered_memory(run, capsys):
     flags = ["--workdir", str(run[0]), "--devices", "1", "--split", "val"]
-    cli.evaluate([*flags, "--memory", "all", "--at", "head"])
+    evaluate_command.main([*flags, "--memory", "all", "--at", "head"])
     printed = capsys.readouterr().out
     assert "val split, 180 images, with altered memory, reads and updates that match 'head':" in (
         printed
     )
     assert "\n| `zero` | all | " in printed
-    cli.evaluate([*flags, "--memory", "no_write", "--at", "layer1"])
+    evaluate_command.main([*flags, "--memory", "no_write", "--at", "layer1"])
     assert "with altered memory (no_write at 'layer1'): loss" in capsys.readouterr().out
     assert (run[0] / "eval_val_no_write.json").is_file()
 
@@ -400,14 +411,14 @@ def test_command_line_with_altered_memory(run, capsys):
 
 
 def history_of(uses, epochs=3):
-    row = dict.fromkeys(report.HISTORY_COLUMNS, 0.5)
+    row = dict.fromkeys(run_report.HISTORY_COLUMNS, 0.5)
     return [row | {"epoch": e, "step": 10 * e, "memory_use": uses} for e in range(1, epochs + 1)]
 
 
 @pytest.mark.parametrize("count", [1, 49])
 def test_memory_use_has_a_bar_per_layer(tmp_path, monkeypatch, count):
     figures = []
-    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(run_report, "save_figure", lambda figure, path: figures.append(figure))
     history = history_of({})
     names = [f"layer{i}" for i in range(count)]
     for row in history:
@@ -416,7 +427,7 @@ def test_memory_use_has_a_bar_per_layer(tmp_path, monkeypatch, count):
             "read last": {"share": 1.0, "own": 0.0},
             "update layer0": {"share": 1.0, "own": 4.0},
         }
-    report.plot_memory_use(tmp_path / "x.png", history, "title", step=20)
+    run_report.plot_memory_use(tmp_path / "x.png", history, "title", step=20)
     bars, lines, updates, _ = figures[0].axes
     assert [label.get_text() for label in bars.get_yticklabels()] == [*names, "last"]
     widths = [bar.get_width() for bar in bars.patches]
@@ -424,13 +435,13 @@ def test_memory_use_has_a_bar_per_layer(tmp_path, monkeypatch, count):
     assert [text.get_text() for text in bars.texts] == [" no share: own norm is 0"]
     assert lines.lines[0].get_ydata().tolist() == [0.5, 1.0, 1.5]
     assert [bar.get_width() for bar in updates.patches] == [0.25]
-    report.plot_memory_use(tmp_path / "x.png", history, "title")
+    run_report.plot_memory_use(tmp_path / "x.png", history, "title")
     assert figures[1].axes[0].patches[0].get_width() == 1.5
 
 
 def test_shares_of_nothing_are_no_events(tmp_path, caplog, capsys):
     uses = {"read a": {"share": 1.0, "own": 0.0}, "read b": {"share": 1.0, "own": 2.0}}
-    with report.Events(tmp_path, 0) as events:
+    with run_report.Events(tmp_path, 0) as events:
         events.write(history_of(uses)[0], None)
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"memory_use/read_b" in file.read_bytes()
@@ -452,13 +463,13 @@ def test_shares_of_nothing_are_no_events(tmp_path, caplog, capsys):
 )
 def test_missing_checkpoints_are_told(run, checkpoint, message):
     with pytest.raises(UsageError, match=message):
-        restoring.restore_run(run[0], checkpoint)
+        restore.restore_run(run[0], checkpoint)
 
 
 def test_directory_that_is_no_run_is_told(tmp_path):
     with pytest.raises(UsageError, match=r"config.json not found: .* is no run's workdir"):
-        restoring.restore_run(tmp_path)
+        restore.restore_run(tmp_path)
     (tmp_path / "config.json").write_text(configs.to_json(digits()))
     with pytest.raises(UsageError, match="there are no checkpoints in"):
-        restoring.restore_run(tmp_path)
+        restore.restore_run(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]

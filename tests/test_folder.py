@@ -176,6 +176,6 @@ def test_survey_tells_every_problem_and_still_finds_the_rest(tmp_path):
     make(tmp_path, "train/a/1.jpg", "train/b/", "train/0.jpg", "val/a/1.jpg", "val/q/1.jpg")
     dataset, problems = survey(tmp_path)
     assert len(problems) == 4
-    assert "(3 more: python -m aim_flax.data.inspect DIR)" in complaint(tmp_path)
+    assert "(3 more: python -m aim_flax.cli.inspect DIR)" in complaint(tmp_path)
     assert dataset.classes == ("a", "b", "q")
     assert contents(dataset.splits["val"]) == [("val/a/1.jpg", 0), ("val/q/1.jpg", 2)]

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from aim_flax.data import inspect
+from aim_flax.cli import inspect
+from aim_flax.data import inspection
 from aim_flax.data.folder import survey
 
 
@@ -188,8 +189,8 @@ def test_contact_sheet_shows_images_of_each_class_below_its_name(tmp_path):
             for i in range(n):
                 Image.new("RGB", (30 + i, 50), color).save(root / split / label / f"{i}.png")
     dataset, _ = survey(root)
-    findings = inspect.examine(dataset, 2, Console(stderr=True))
-    sheet = np.asarray(inspect.contact_sheet(dataset.classes, findings, 3))
+    findings = inspection.examine(dataset, 2, Console(stderr=True))
+    sheet = np.asarray(inspection.contact_sheet(dataset.classes, findings, 3))
     for label, color in colors.items():
         area = (sheet == color).all(-1).sum() / 64**2
         # All that a class has, up to three.
@@ -203,6 +204,6 @@ def test_progress_is_shown_on_a_terminal_only(clean):
     for terminal in (True, False):
         file = io.StringIO()
         console = Console(file=file, force_terminal=terminal, width=80)
-        findings = inspect.examine(dataset, 2, console)
+        findings = inspection.examine(dataset, 2, console)
         assert ("reading images" in file.getvalue()) == terminal
         assert [finding.split for finding in findings] == ["train"] * 8 + ["val"] + ["test"] * 2

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from aim_flax import AiM, Memory, fit, intervene
-from aim_flax.interventions import KINDS, layers
+from aim_flax.evaluate.interventions import KINDS, layers
 from aim_flax.models.mlp import MLP
 from tests.test_latch import refused
 from tests.test_latch_contract import (

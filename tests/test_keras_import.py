@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from aim_flax.cli.keras_import import main
 from aim_flax.errors import UsageError
-from aim_flax.keras_import import main, read_keras_hdf5, split_reads, variables_from_keras
+from aim_flax.models.keras_weights import read_keras_hdf5, split_reads, variables_from_keras
 from aim_flax.models.resnet import ResNet
-from aim_flax.restoring import restore_run
+from aim_flax.train.restore import restore_run
 from tests.published import GOLDEN, published
 from tests.published import keras_weights as drawn_weights
 

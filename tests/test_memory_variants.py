@@ -13,9 +13,9 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from aim_flax import AiM, Memory, MemoryUpdate, build_model, fit
+from aim_flax.devices import Devices
 from aim_flax.errors import UsageError
-from aim_flax.parallel import Devices
-from aim_flax.steps import create_state, train_step
+from aim_flax.train.step import create_state, train_step
 from tests.test_latch_contract import (
     KEY,
     D,

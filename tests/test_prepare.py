@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from aim_flax.data.prepare import main, prepare, summary
+from aim_flax.cli.prepare import main, prepare, summary
 from aim_flax.data.tfds_records import read_tfds
 from aim_flax.errors import UsageError
 from tests.test_tfds_records import PHOTO, photographs
@@ -242,7 +242,7 @@ def test_wrong_use_is_one_line_and_touches_nothing(tmp_path, capsys):
     assert error.endswith(": TFDS has no dataset 'cifer10' (did you mean 'cifar10'?)\n")
     status, output, error = run(capsys)
     assert (status, output) == (2, "")
-    assert error.startswith("aim_flax.data.prepare: the following arguments are required: NAME")
+    assert error.startswith("aim_flax.cli.prepare: the following arguments are required: NAME")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -290,7 +290,7 @@ def test_ctrl_c_ends_at_once_and_says_how_to_go_on(tmp_path):
             def _generate_examples(self):
                 yield from ()
 
-        from aim_flax.data.prepare import main
+        from aim_flax.cli.prepare import main
         main(["slow", "--data_dir", "data"])
     """
     if importlib.util.find_spec("tensorflow") is None:

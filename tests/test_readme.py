@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from aim_flax import cli, table
+from aim_flax.cli import table as table_command
+from aim_flax.cli import train as train_command
 from aim_flax.errors import UsageError
-from aim_flax.report import write_csv, write_json
+from aim_flax.files import write_csv, write_json
+from aim_flax.study import results
+from aim_flax.study import table as study_table
+from aim_flax.train import workdir
 from tests.photos import write_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -41,7 +45,10 @@ def test_tables_are_those_of_the_committed_results():
         for name, reference, split, lines in tables:
             with (ROOT / name).open() as file:
                 rows = list(csv.DictReader(file))
-            assert lines.strip() == table.arm_table(rows, reference, split or "test"), (page, name)
+            assert lines.strip() == study_table.arm_table(rows, reference, split or "test"), (
+                page,
+                name,
+            )
             files.add(name)
     assert files == {f"results/{study}.csv" for study in STUDIES}
 
@@ -73,7 +80,7 @@ def test_commands_in_readme_name_files_and_flags_that_exist(capsys, tmp_path):
         flags = command[1].replace("$seed", "0").replace("--describe", "")
         flags = flags.replace("=DIR", f"={photographs}").split()
         if "runs" not in command[1]:
-            cli.train([*config.split(), *flags, "--describe"])
+            train_command.main([*config.split(), *flags, "--describe"])
     output = capsys.readouterr().out
     assert "digits_mlp:aim_direct" in output
     assert "image_folder_resnet50:aim" in output
@@ -109,7 +116,7 @@ def run(tmp_path, arm, seed, accuracy=None):
     workdir.mkdir()
     write_json(workdir / "config.json", {"name": "x", "arm": arm, "seed": seed})
     if accuracy is not None:
-        summary = dict.fromkeys(table.COLUMNS, 0)
+        summary = dict.fromkeys(results.COLUMNS, 0)
         summary |= {"name": "x", "arm": arm, "seed": seed, "test_accuracy": accuracy, "params": 9}
         summary.pop("status")
         write_json(workdir / "summary.json", summary)
@@ -121,7 +128,7 @@ def test_table_of_runs(tmp_path, capsys):
         run(tmp_path, "a", seed, accuracy)
     run(tmp_path, "b", 0, 0.25)
     file = tmp_path / "out.csv"
-    table.main([*map(str, sorted(tmp_path.iterdir())), "--csv", str(file)])
+    table_command.main([*map(str, sorted(tmp_path.iterdir())), "--csv", str(file)])
     lines = capsys.readouterr().out.splitlines()
     # Of two values the interval is t(0.975, 1) = 12.7062 standard errors, each of 5 points.
     assert lines[2:] == [
@@ -143,13 +150,13 @@ def test_table_on_the_validation_split(tmp_path, capsys):
         summary |= {"val_accuracy": accuracy, "selected_on": "val"}
         write_json(folder / "summary.json", summary)
     command = [*map(str, sorted(tmp_path.iterdir())), "--on", "val"]
-    table.main(command)
+    table_command.main(command)
     header, _, line = capsys.readouterr().out.splitlines()
     assert "| validation accuracy, mean" in header
     assert line == "| `a` | 2 | 9 | 55.00 ± 7.07 % (-8.53 to 118.53) |"
     write_json(folder / "summary.json", summary | {"selected_on": "test"})
     with pytest.raises(SystemExit):
-        table.main(command)
+        table_command.main(command)
     assert "arm a seed 1 picked its best epoch on test: it has no" in capsys.readouterr().err
 
 
@@ -165,7 +172,8 @@ def test_comparison_is_paired_by_seed_and_corrected():
     # The one run of an arm has a partner, but no test.
     rows.append(rows[0] | {"arm": "c", "test_accuracy": float(rows[0]["test_accuracy"]) - 0.25})
     cells = {
-        line.split("|")[1].strip(): line for line in table.arm_table(rows, "plain").split("\n")
+        line.split("|")[1].strip(): line
+        for line in study_table.arm_table(rows, "plain").split("\n")
     }
     for arm, times in (("a", 1), ("b", 2)):
         test = ttest_rel(accuracies[arm], accuracies["plain"])
@@ -183,17 +191,17 @@ def test_comparison_is_paired_by_seed_and_corrected():
     assert cells["`c`"].endswith(" | 1 | -25.00 (no interval) | no test | no test | none |")
     assert cells["`plain`"].endswith(") |  |  |  |  |  |")
     with pytest.raises(UsageError, match="--reference is 'plane', .*did you mean 'plain'"):
-        table.arm_table(rows, "plane")
+        study_table.arm_table(rows, "plane")
     with pytest.raises(UsageError, match="two runs are of arm a and seed 3"):
-        table.arm_table([*rows, {"arm": "a", "seed": 3, "test_accuracy": 0.5, "params": 9}])
+        study_table.arm_table([*rows, {"arm": "a", "seed": 3, "test_accuracy": 0.5, "params": 9}])
 
 
 def test_runs_without_a_result_are_counted_and_named(tmp_path):
     for seed, accuracy in enumerate((0.5, 0.625, None, None)):
         run(tmp_path, "a", seed, accuracy)
-    table.mark_diverged(tmp_path / "a2", step=17)
+    workdir.mark_diverged(tmp_path / "a2", step=17)
     run(tmp_path, "b", 0)
-    rows = table.read_runs(sorted(tmp_path.iterdir()))
+    rows = results.read_runs(sorted(tmp_path.iterdir()))
     assert [row["status"] for row in rows] == [
         "finished",
         "finished",
@@ -201,8 +209,8 @@ def test_runs_without_a_result_are_counted_and_named(tmp_path):
         "unfinished",
         "unfinished",
     ]
-    assert all(tuple(row) == table.COLUMNS for row in rows)
-    lines = table.arm_table(rows, "a").splitlines()
+    assert all(tuple(row) == results.COLUMNS for row in rows)
+    lines = study_table.arm_table(rows, "a").splitlines()
     assert lines[2].startswith("| `a` | 2 of 4; 1 diverged, 1 unfinished | 9 | 56.25 ± 8.84 % (")
     assert lines[3] == "| `b` | 0 of 1; 1 unfinished |  |  | 0 | none | no test | no test | none |"
     assert lines[5].endswith(
@@ -210,20 +218,20 @@ def test_runs_without_a_result_are_counted_and_named(tmp_path):
         " `b` seed 0 (unfinished)."
     )
     # As CSV keeps them, where what is None is "".
-    write_csv(tmp_path / "rows.csv", table.COLUMNS, rows)
+    write_csv(tmp_path / "rows.csv", results.COLUMNS, rows)
     with (tmp_path / "rows.csv").open() as file:
-        assert table.arm_table(list(csv.DictReader(file)), "a").splitlines() == lines
+        assert study_table.arm_table(list(csv.DictReader(file)), "a").splitlines() == lines
 
 
 def test_what_is_no_run_is_told(tmp_path):
     with pytest.raises(UsageError, match="not found: .* is no run's workdir"):
-        table.read_runs([tmp_path])
+        results.read_runs([tmp_path])
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="is no run's config: it has no name"):
-        table.read_runs([tmp_path])
+        results.read_runs([tmp_path])
     (tmp_path / "summary.json").write_text('{"name": "x"}')
     with pytest.raises(UsageError, match="summary.json has no arm, seed, test_accuracy"):
-        table.read_runs([tmp_path])
+        results.read_runs([tmp_path])
 
 
 def test_constraints_pin_versions_only():

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from aim_flax import AiM, Memory, MemoryUpdate
 from aim_flax.errors import UsageError
-from aim_flax.keras_import import split_reads, variables_from_keras
+from aim_flax.models.keras_weights import split_reads, variables_from_keras
 from aim_flax.models.pointwise import pointwise_einsum
 from aim_flax.models.resnet import ResNet
 from tests.one_batch import loss_and_grads, photographs, train

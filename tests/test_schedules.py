@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from aim_flax.errors import UsageError
-from aim_flax.schedules import (
+from aim_flax.train.optimizer import (
     best_epoch,
     build_optimizer,
     build_schedule,

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from aim_flax import config as configs
-from aim_flax import training
 from aim_flax.data.load import load_dataset, open_dataset, prepare
 from aim_flax.data.reading import Reader
 from aim_flax.data.records import EncodedDataset
 from aim_flax.data.streamed import Streamed
+from aim_flax.devices import Devices
 from aim_flax.errors import DataError, InterruptionError, UsageError
-from aim_flax.parallel import Devices
-from aim_flax.restoring import evaluate_run
+from aim_flax.train import loop
+from aim_flax.train.evaluate_run import evaluate_run
 from tests.photos import Photos, write_folder
 from tests.test_training import assert_same_end
 
@@ -211,7 +211,7 @@ def test_streamed_run_learns_as_the_one_in_memory(tmp_path, photographs):
     summaries = {}
     for name, megabytes in (("memory", "100.0"), ("streamed", "0.0")):
         limited = configs.override(config, [f"data.in_memory_mb={megabytes}"])
-        summaries[name] = training.run(limited, tmp_path / name, 1, quiet=True)
+        summaries[name] = loop.run(limited, tmp_path / name, 1, quiet=True)
     np.testing.assert_allclose(
         losses(tmp_path / "memory"), losses(tmp_path / "streamed"), rtol=1e-5
     )
@@ -226,8 +226,8 @@ def test_interrupted_streamed_run_goes_on_bit_equal(tmp_path, photographs):
     """In mid-epoch, and with another number of threads."""
     config = folder(photographs, "data.in_memory_mb=0.0", "data.threads=1")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    training.run(config, whole, 1, quiet=True)
-    original = training._Run._check_finite
+    loop.run(config, whole, 1, quiet=True)
+    original = loop._Run._check_finite
 
     def interrupt(self, losses, first_step):
         original(self, losses, first_step)
@@ -235,10 +235,10 @@ def test_interrupted_streamed_run_goes_on_bit_equal(tmp_path, photographs):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Run, "_check_finite", interrupt)
+        patch.setattr(loop._Run, "_check_finite", interrupt)
         with pytest.raises(InterruptionError, match="saved at step 10"):
-            training.run(config, parts, 1, quiet=True)
-    training.run(configs.override(config, ["data.threads=3"]), parts, 1, quiet=True)
+            loop.run(config, parts, 1, quiet=True)
+    loop.run(configs.override(config, ["data.threads=3"]), parts, 1, quiet=True)
     assert_same_end(whole, parts)
 
 
@@ -249,9 +249,9 @@ def test_run_stops_at_a_damaged_image_and_goes_on_once_it_is_repaired(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[:-40])
     with pytest.raises(DataError, match=r"val/class1/0004.png cannot be decoded"):
-        training.run(config, tmp_path / "run", 1, quiet=True)
+        loop.run(config, tmp_path / "run", 1, quiet=True)
     file.write_bytes(whole)
-    summary = training.run(config, tmp_path / "run", 1, quiet=True)
+    summary = loop.run(config, tmp_path / "run", 1, quiet=True)
     assert summary["epochs"] == 2
 
 
@@ -263,7 +263,7 @@ def test_skipped_images_are_in_the_summary(tmp_path, megabytes, capsys):
     config = folder(
         directory, f"data.in_memory_mb={megabytes}", "data.on_error=skip", "train.epochs=1"
     )
-    summary = training.run(config, tmp_path / "run", 1, quiet=True)
+    summary = loop.run(config, tmp_path / "run", 1, quiet=True)
     assert summary["skipped_images"] == 2
     assert summary["test_examples"] == 119
     evaluation = evaluate_run(tmp_path / "run", device_count=1)
@@ -274,12 +274,12 @@ def test_skipped_images_are_in_the_summary(tmp_path, megabytes, capsys):
 @pytest.mark.slow
 def test_dataset_moved_elsewhere_is_found_by_a_flag(tmp_path, photographs):
     config = folder(photographs, "train.epochs=1")
-    training.run(config, tmp_path / "run", 1, quiet=True)
+    loop.run(config, tmp_path / "run", 1, quiet=True)
     moved = write_folder(tmp_path / "moved")
     evaluation = evaluate_run(tmp_path / "run", "best", "test", 1, [f"data.dir={moved}"])
     assert evaluation.count == 21
     again = configs.override(config, [f"data.dir={moved}"])
-    assert training.run(again, tmp_path / "run", 1, quiet=True)["test_examples"] == 21
+    assert loop.run(again, tmp_path / "run", 1, quiet=True)["test_examples"] == 21
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_dataset_moved_elsewhere_is_found_by_a_flag(tmp_path, photographs):
 )
 def test_wrong_data_options_are_one_line(photographs, assignments, message, tmp_path):
     with pytest.raises(UsageError, match=message) as error:
-        training.run(folder(photographs, *assignments), tmp_path / "run", 1)
+        loop.run(folder(photographs, *assignments), tmp_path / "run", 1)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 

@@ -8,10 +8,12 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from aim_flax import study_report, table
-from aim_flax.comparison import compare
 from aim_flax.errors import UsageError
-from aim_flax.report import HISTORY_COLUMNS, write_metrics
+from aim_flax.statistics import compare
+from aim_flax.study import report as study_report
+from aim_flax.study import results
+from aim_flax.study import table as study_table
+from aim_flax.train.report import HISTORY_COLUMNS, write_metrics
 from tests.test_comparison import recorded
 
 COMMAND = "python ablate.py --config configs/digits_mlp.py --arms half,eighth --seeds 20"
@@ -44,7 +46,7 @@ def findings(text):
 
 
 def failed(row, status):
-    return dict.fromkeys(table.COLUMNS) | {
+    return dict.fromkeys(results.COLUMNS) | {
         "name": row["name"],
         "arm": row["arm"],
         "seed": row["seed"],
@@ -54,7 +56,7 @@ def failed(row, status):
 
 def test_null_study_is_told_from_nothing(tmp_path):
     text = write(tmp_path, recorded("null"))
-    result = compare(table.accuracies_by_arm(recorded("null")), "control")["again"]
+    result = compare(results.accuracies_by_arm(recorded("null")), "control")["again"]
     low, high = (f"{100 * x:+.2f}" for x in (result.summary.low, result.summary.high))
     assert findings(text) == [
         f"- No difference of `again` from `control` can be told from chance (p = {result.p:.3f}"
@@ -67,7 +69,7 @@ def test_planted_study_is_found(tmp_path):
     rows = recorded("planted")
     text = write(tmp_path, rows)
     assert text.startswith(f"# A study\n\n```bash\n{COMMAND}\n```\n\n")
-    assert table.arm_table(rows, "control") in text
+    assert study_table.arm_table(rows, "control") in text
     assert len(findings(text)) == 2
     for arm, line in zip(("half", "eighth"), findings(text), strict=True):
         assert line.startswith(f"- `{arm}` is less accurate than `control`, by more than chance")
@@ -97,11 +99,11 @@ def test_results_have_a_row_per_run_that_the_table_reads(tmp_path):
     write(tmp_path, rows)
     with (tmp_path / "results.csv").open() as file:
         written = list(csv.DictReader(file))
-    assert tuple(written[0]) == table.COLUMNS
+    assert tuple(written[0]) == results.COLUMNS
     assert [(row["arm"], row["seed"]) for row in written] == [(r["arm"], r["seed"]) for r in rows]
     assert written[25]["status"] == "diverged at step 30"
     assert written[25]["test_accuracy"] == ""
-    assert table.arm_table(written, "control") == table.arm_table(rows, "control")
+    assert study_table.arm_table(written, "control") == study_table.arm_table(rows, "control")
 
 
 def test_failed_runs_are_shown_and_counted(tmp_path):

@@ -203,7 +203,7 @@ def test_splits(tmp_path, sizes, fraction, expected):
         (
             "imagenette/320px",
             "imagenette/320px is not prepared in {0}/imagenette/320px/1.0.0; to prepare it:"
-            " python -m aim_flax.data.prepare imagenette/320px --data_dir {0}",
+            " python -m aim_flax.cli.prepare imagenette/320px --data_dir {0}",
         ),
     ],
 )
@@ -217,7 +217,7 @@ def test_names_that_cannot_be_read_are_one_line(tmp_path, name, message):
 def test_other_formats_and_missing_files_are_one_line(tmp_path):
     folder = write(tmp_path, PHOTO, {"train": photographs(3), "test": photographs(3)})
     prepared = tmp_path / "photos" / "1.0.0"
-    command = f"python -m aim_flax.data.prepare photos --data_dir {folder}"
+    command = f"python -m aim_flax.cli.prepare photos --data_dir {folder}"
 
     (shard,) = prepared.glob("*test*")
     shard.rename(tmp_path / "away")

@@ -17,10 +17,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from aim_flax import config as configs
-from aim_flax import training
 from aim_flax.errors import DivergenceError, InterruptionError, UsageError
-from aim_flax.experiment import Experiment
-from aim_flax.restoring import restore_run
+from aim_flax.train import loop
+from aim_flax.train.experiment import Experiment
+from aim_flax.train.restore import restore_run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
@@ -54,7 +54,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 def finished(tmp_path_factory, standard_promotion, quick_compile) -> Path:
     """A run of 3 epochs that was left alone."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    training.run(digits("aim_state", "train.epochs=3"), workdir, 1, quiet=True)
+    loop.run(digits("aim_state", "train.epochs=3"), workdir, 1, quiet=True)
     return workdir
 
 
@@ -123,7 +123,7 @@ def test_memory_use_names_reads_and_updates(finished):
 
 def test_finished_run_is_not_trained_again(finished):
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
-    again = training.run(digits("aim_state", "train.epochs=3"), finished, 1, quiet=True)
+    again = loop.run(digits("aim_state", "train.epochs=3"), finished, 1, quiet=True)
     assert again == json.loads((finished / "summary.json").read_text())
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*")} == before
 
@@ -132,7 +132,7 @@ def test_other_config_is_refused_and_nothing_touched(finished):
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
     message = r"differs in train.epochs \(3 there, 4 here\); choose another --workdir"
     with pytest.raises(UsageError, match=message):
-        training.run(digits("aim_state", "train.epochs=4"), finished, 1)
+        loop.run(digits("aim_state", "train.epochs=4"), finished, 1)
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*")} == before
 
 
@@ -144,7 +144,7 @@ def test_keys_that_a_config_lacks_are_called_missing(finished, tmp_path):
     saved.write_text(json.dumps(config))
     message = r"differs in memory.learning_rate_scale \(missing there, 1.0 here\)"
     with pytest.raises(UsageError, match=message):
-        training.run(digits("aim_state", "train.epochs=3"), tmp_path / "run", 1)
+        loop.run(digits("aim_state", "train.epochs=3"), tmp_path / "run", 1)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_impossible_config_is_refused_before_anything_is_written(
 ):
     workdir = tmp_path / "run"
     with pytest.raises(UsageError, match=message) as error:
-        training.run(digits("aim", *assignments), workdir, devices)
+        loop.run(digits("aim", *assignments), workdir, devices)
     assert "\n" not in str(error.value)
     assert not workdir.exists()
 
@@ -178,9 +178,9 @@ def test_impossible_config_is_refused_before_anything_is_written(
 def test_workdir_with_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match="is not empty and holds no run"):
-        training.run(digits(), tmp_path, 1)
+        loop.run(digits(), tmp_path, 1)
     with pytest.raises(UsageError, match="is a file, expected a directory"):
-        training.run(digits(), tmp_path / "thesis.tex", 1)
+        loop.run(digits(), tmp_path / "thesis.tex", 1)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -212,7 +212,7 @@ def test_devices_and_their_mapping_make_no_difference(kind, count):
 def test_calls_of_any_length_give_the_same_run(tmp_path, finished):
     """Up to how XLA fuses a loop of another length."""
     config = digits("aim_state", "train.epochs=1", "train.steps_per_call=7")
-    training.run(config, tmp_path / "run", 1, quiet=True)
+    loop.run(config, tmp_path / "run", 1, quiet=True)
     with (tmp_path / "run" / "metrics.csv").open() as ours, (finished / "metrics.csv").open() as f:
         row, reference = next(csv.DictReader(ours)), next(csv.DictReader(f))
     assert float(row["train_loss"]) == pytest.approx(float(reference["train_loss"]), rel=1e-5)
@@ -220,7 +220,7 @@ def test_calls_of_any_length_give_the_same_run(tmp_path, finished):
 
 def test_epochs_visit_each_example_at_most_once_in_an_order_of_their_own():
     from aim_flax.data.order import epoch_order
-    from aim_flax.steps import data_key
+    from aim_flax.keys import data_key
 
     orders = [
         np.asarray(epoch_order(data_key(seed), epoch, 1257))
@@ -238,9 +238,9 @@ def test_signal_saves_and_the_run_goes_on(tmp_path):
     """Interrupted within an epoch, and continued on two devices: the end is the same."""
     config = digits("aim_state", "train.epochs=3", "train.steps_per_call=5")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    training.run(config, whole, 1, quiet=True)
+    loop.run(config, whole, 1, quiet=True)
 
-    original = training._Run._check_finite
+    original = loop._Run._check_finite
 
     def interrupt(self, losses, first_step):
         original(self, losses, first_step)
@@ -248,19 +248,19 @@ def test_signal_saves_and_the_run_goes_on(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Run, "_check_finite", interrupt)
+        patch.setattr(loop._Run, "_check_finite", interrupt)
         with pytest.raises(InterruptionError, match="SIGTERM: saved at step 29;") as error:
-            training.run(config, parts, 1, quiet=True)
+            loop.run(config, parts, 1, quiet=True)
     assert error.value.signal == signal.SIGTERM
     assert restore_run(parts, "latest").step == 29
     assert not (parts / "summary.json").exists()
-    training.run(config, parts, 1, quiet=True)
+    loop.run(config, parts, 1, quiet=True)
     assert_same_end(whole, parts)
 
 
 def test_checkpoint_of_one_device_goes_on_with_eight(tmp_path):
     config = digits("aim_state", "train.epochs=3", "parallel=shard_map")
-    original = training._Run._write_epoch
+    original = loop._Run._write_epoch
 
     def stop(self, events):
         original(self, events)
@@ -268,11 +268,11 @@ def test_checkpoint_of_one_device_goes_on_with_eight(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Run, "_write_epoch", stop)
+        patch.setattr(loop._Run, "_write_epoch", stop)
         with pytest.raises(InterruptionError, match="SIGINT: saved at step 38;"):
-            training.run(config, tmp_path / "run", 1, quiet=True)
+            loop.run(config, tmp_path / "run", 1, quiet=True)
     before = restore_run(tmp_path / "run", "latest").variables
-    summary = training.run(config, tmp_path / "run", 8, quiet=True)
+    summary = loop.run(config, tmp_path / "run", 8, quiet=True)
     assert summary["steps"] == 57
     after = restore_run(tmp_path / "run", 38).variables
     jax.tree.map(np.testing.assert_array_equal, before, after)
@@ -281,26 +281,26 @@ def test_checkpoint_of_one_device_goes_on_with_eight(tmp_path):
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     config = digits("control", "optimizer.name=sgd", "optimizer.learning_rate=1e30")
     with pytest.raises(DivergenceError, match=r"loss (nan|inf) at step \d+ \(epoch \d+\); "):
-        training.run(config, tmp_path / "run", 1, quiet=True)
+        loop.run(config, tmp_path / "run", 1, quiet=True)
     assert (tmp_path / "run" / "config.json").exists()
     assert not (tmp_path / "run" / "summary.json").exists()
 
-    class Late(training._Run):
+    class Late(loop._Run):
         def _check_finite(self, losses, first_step):
             super()._check_finite([np.nan] if first_step > 19 else losses, first_step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_Run", Late)
+        patch.setattr(loop, "_Run", Late)
         message = r"loss nan at step 20 \(epoch 2\); the last good checkpoint is of step 19"
         with pytest.raises(DivergenceError, match=message) as error:
-            training.run(digits("control"), tmp_path / "late", 1, quiet=True)
+            loop.run(digits("control"), tmp_path / "late", 1, quiet=True)
     assert error.value.step == 20
     assert restore_run(tmp_path / "late", "best").step == 19
 
 
 def test_selection_on_the_test_split_is_said(tmp_path):
     config = digits("control", "eval.select_on=test", "train.epochs=2")
-    summary = training.run(config, tmp_path / "run", 1, quiet=True)
+    summary = loop.run(config, tmp_path / "run", 1, quiet=True)
     assert summary["selected_on"] == "test"
     # Selected and tested on the same images.
     assert summary["val_accuracy"] == summary["test_accuracy"]
@@ -315,7 +315,7 @@ def test_plateau_cuts_and_early_stopping_end_a_run(tmp_path):
         "train.stop_patience=4",
         "train.stop_min_delta=0.5",
     )
-    summary = training.run(config, tmp_path / "run", 1, quiet=True)
+    summary = loop.run(config, tmp_path / "run", 1, quiet=True)
     assert summary["epochs"] == 5
     assert summary["best_step"] == 19
     with (tmp_path / "run" / "metrics.csv").open() as file:
@@ -326,7 +326,7 @@ def test_plateau_cuts_and_early_stopping_end_a_run(tmp_path):
 @pytest.mark.parametrize("arm", ["aim_direct", "control"])
 def test_arms_train_in_bfloat16(tmp_path, arm):
     config = digits(arm, "dtype=bfloat16", "train.epochs=2", "optimizer.name=adamw")
-    training.run(config, tmp_path / "run", 2, quiet=True)
+    loop.run(config, tmp_path / "run", 2, quiet=True)
     with (tmp_path / "run" / "metrics.csv").open() as file:
         losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
     assert losses[1] < losses[0]

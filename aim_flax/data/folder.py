@@ -69,7 +69,7 @@ def read_folder(directory: str | Path, val_fraction: float, test_fraction: float
     """
     dataset, problems = survey(directory)
     if problems:
-        more = f" ({len(problems) - 1} more: python -m aim_flax.data.inspect {directory})"
+        more = f" ({len(problems) - 1} more: python -m aim_flax.cli.inspect {directory})"
         raise UsageError(problems[0] + (more if len(problems) > 1 else ""))
     return split(dataset, val_fraction, test_fraction)
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from aim_flax.data.augment import augment
 from aim_flax.data.order import epoch_order, steps_per_epoch
-from aim_flax.parallel import AXIS, Devices
-from aim_flax.steps import augment_key, data_key
+from aim_flax.devices import AXIS, Devices
+from aim_flax.keys import augment_key, data_key
 
 
 @dataclasses.dataclass(frozen=True)

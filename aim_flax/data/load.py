@@ -131,7 +131,7 @@ def _mixed(dataset: EncodedDataset) -> EncodedDataset:
     """Returns a dataset whose splits for evaluation are in a random order, always the same one.
 
     Folders go by class. In batches of one class, the mean of a batch's memories, or the memory of
-    the next image, would give the class away (`aim_flax.interventions`).
+    the next image, would give the class away (`aim_flax.evaluate.interventions`).
     """
     splits = dict(dataset.splits)
     for name, records in splits.items():

@@ -22,9 +22,9 @@ from aim_flax.data.augment_host import Change
 from aim_flax.data.images import WHOLE
 from aim_flax.data.order import epoch_order, steps_per_epoch
 from aim_flax.data.reading import Reader
+from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import DataError
-from aim_flax.parallel import AXIS, Devices
-from aim_flax.steps import augment_key, data_key
+from aim_flax.keys import augment_key, data_key
 
 # Batches that wait on the host, and those already on the devices.
 _HOST_BUFFER, _DEVICE_BUFFER = 8, 2

@@ -1,6 +1,6 @@
 """Datasets of TensorFlow Datasets (TFDS), read from prepared files without TensorFlow.
 
-`python -m aim_flax.data.prepare NAME` downloads and prepares one.
+`python -m aim_flax.cli.prepare NAME` downloads and prepares one.
 """
 
 import dataclasses
@@ -183,7 +183,7 @@ def find_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
 
 def prepare_command(name: str, data_dir: str | None) -> str:
     """Returns the command line that prepares a dataset."""
-    command = ["python", "-m", "aim_flax.data.prepare", name]
+    command = ["python", "-m", "aim_flax.cli.prepare", name]
     return shlex.join([*command, "--data_dir", data_dir] if data_dir else command)
 
 

@@ -1,8 +1,5 @@
-"""The files that a run leaves for people: tables, plots and TensorBoard events."""
+"""What a run leaves for people: tables, plots and TensorBoard events."""
 
-import csv
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
-from aim_flax.evaluation import Evaluation
+from aim_flax.files import save_figure, write_csv
 
 HISTORY_COLUMNS = (
     "epoch",
@@ -25,25 +22,6 @@ HISTORY_COLUMNS = (
     "val_accuracy",
 )
 History = Sequence[dict[str, Any]]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    lines = [columns, *([row[column] for column in columns] for row in rows)]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
-    os.replace(temporary, path)
 
 
 def write_metrics(workdir: Path, history: History) -> None:
@@ -173,65 +151,3 @@ def plot_memory_use(path: Path, history: History, title: str, step: int | None =
 
 def _ratio(norms: dict[str, float]) -> float:
     return norms["share"] / norms["own"] if norms["own"] else np.nan
-
-
-def plot_confusion(path: Path, evaluation: Evaluation, classes: Sequence[str], title: str) -> None:
-    """Plots the share of each true class that was predicted as each class."""
-    counts = evaluation.confusion
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    size = min(max(4, 0.35 * len(classes) + 2), 24)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(image, label="share of the true class")
-    if len(classes) <= 20:
-        for (i, j), count in np.ndenumerate(counts):
-            if count:
-                color = "white" if shares[i, j] > 0.5 else "black"
-                axis.text(j, i, count, ha="center", va="center", color=color, fontsize=8)
-    ticks = range(len(classes))
-    axis.set_xticks(ticks, classes, rotation=90, fontsize=min(9, 400 / len(classes)))
-    axis.set_yticks(ticks, classes, fontsize=min(9, 400 / len(classes)))
-    axis.set(xlabel="predicted class", ylabel="true class", title=title)
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
-
-
-def per_class(evaluation: Evaluation, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns, for each class, its number of examples, recall, precision and F1 score.
-
-    A ratio without any example in its denominator is None.
-    """
-    rows = []
-    correct = np.diag(evaluation.confusion)
-    of_class, as_class = evaluation.confusion.sum(axis=1), evaluation.confusion.sum(axis=0)
-    for i, name in enumerate(classes):
-        total = of_class[i] + as_class[i]
-        rows.append(
-            {
-                "class": name,
-                "examples": int(of_class[i]),
-                "recall": float(correct[i] / of_class[i]) if of_class[i] else None,
-                "precision": float(correct[i] / as_class[i]) if as_class[i] else None,
-                "f1": float(2 * correct[i] / total) if total else None,
-            }
-        )
-    return rows
-
-
-def class_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns the rows of `per_class` as lines of text."""
-    width = max(len("class"), *(len(row["class"]) for row in rows))
-    columns = ("examples", "recall", "precision", "f1")
-    lines = [f"{'class':{width}}" + "".join(f"  {column:>9}" for column in columns)]
-    for row in rows:
-        ratios = ["-" if row[c] is None else f"{row[c]:.4f}" for c in columns[1:]]
-        cells = [str(row["examples"]), *ratios]
-        lines.append(f"{row['class']:{width}}" + "".join(f"  {cell:>9}" for cell in cells))
-    return "\n".join(lines)

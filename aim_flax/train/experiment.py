@@ -11,17 +11,18 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from aim_flax.build import build_model
 from aim_flax.config import flatten
 from aim_flax.data.augment import check_options
 from aim_flax.data.in_memory import InMemory
 from aim_flax.data.load import open_dataset, prepare, with_classes
 from aim_flax.data.order import steps_per_epoch
+from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import UsageError, check_choice
-from aim_flax.evaluation import Evaluation, build_evaluate, memory_use
-from aim_flax.parallel import AXIS, Devices
-from aim_flax.schedules import build_optimizer, build_schedule
-from aim_flax.steps import TrainState, create_state, train_step
+from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
+from aim_flax.evaluate.memory_use import memory_use
+from aim_flax.models.build import build_model
+from aim_flax.train.optimizer import build_optimizer, build_schedule
+from aim_flax.train.step import TrainState, create_state, train_step
 
 
 class Experiment:

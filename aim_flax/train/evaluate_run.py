@@ -1,4 +1,4 @@
-"""From a run's workdir alone to its network, its weights and their evaluation."""
+"""The evaluation of a run's checkpoint, from its workdir alone: what eval.py does."""
 
 import contextlib
 import dataclasses
@@ -11,69 +11,15 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from aim_flax import effects, report
-from aim_flax.build import build_model
-from aim_flax.checkpoint import Checkpoints
+from aim_flax import files
 from aim_flax.config import override
 from aim_flax.data.load import load_dataset
+from aim_flax.devices import Devices
 from aim_flax.errors import UsageError
-from aim_flax.evaluation import Evaluation, build_evaluate
-from aim_flax.experiment import abstract_state
-from aim_flax.interventions import Choosable, intervene, layers, matching
-from aim_flax.parallel import Devices
-from aim_flax.workdir import read_json
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A checkpoint of a run.
-
-    Attributes:
-      config: the run's.
-      model: its network, as `build_model` returns it.
-      variables: the network's variables, numpy arrays: `model.apply(variables, images)`.
-      step: the checkpoint's.
-    """
-
-    config: ConfigDict
-    model: nn.Module
-    variables: dict[str, Any]
-    step: int
-
-
-def restore_run(workdir: str | Path, checkpoint: str | int = "best") -> Restored:
-    """Restores a checkpoint of a run.
-
-    Args:
-      workdir: of the run.
-      checkpoint: "best" (by the accuracy on the split that selects), "latest" (the latest that
-        can be read), or a step.
-
-    Raises:
-      UsageError: `workdir` is no run's, or has no such checkpoint.
-    """
-    workdir = Path(workdir)
-    config = ConfigDict(read_json(workdir / "config.json")).lock()
-    model = build_model(config)
-    like = abstract_state(config, model)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    try:
-        if checkpoint == "latest":
-            found = checkpoints.restore_latest(like)
-            if found is None:
-                raise UsageError(f"there are no checkpoints in {workdir} yet")
-            state, _, messages = found
-            for message in messages:
-                print(f"{message}; going back to step {state.step}", flush=True)
-        else:
-            if checkpoint != "best" and not str(checkpoint).isdecimal():
-                raise UsageError(f"checkpoint is {checkpoint!r}, expected best, latest or a step")
-            step = checkpoints.best_step() if checkpoint == "best" else int(checkpoint)
-            state, _ = checkpoints.restore(step, like)
-    finally:
-        checkpoints.close()
-    variables = {"params": state.params, **state.model_state}
-    return Restored(config, model, variables, int(state.step))
+from aim_flax.evaluate import effects, report
+from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
+from aim_flax.evaluate.interventions import Choosable, intervene, layers, matching
+from aim_flax.train.restore import Restored, restore_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +110,7 @@ def evaluate_run(
         "confusion": evaluation.confusion.tolist(),
     }
     with _writing(workdir):
-        report.write_json(workdir / f"eval_{split}{suffix}.json", result)
+        files.write_json(workdir / f"eval_{split}{suffix}.json", result)
         report.plot_confusion(
             workdir / f"confusion_{split}{suffix}.png",
             evaluation,

@@ -1,7 +1,6 @@
 """Evaluation of a whole split, used alike in training and by eval.py."""
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
 from scipy.stats import binomtest
 
-from aim_flax.parallel import AXIS, Devices
+from aim_flax.devices import AXIS, Devices
 
 if TYPE_CHECKING:
     from aim_flax.data import in_memory, streamed
@@ -126,23 +124,3 @@ def _score(
         "count": counted.sum(dtype=jnp.int32),
     }
     return sums, (predicted == labels) & counted
-
-
-def memory_use(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, dict[str, Any]]:
-    """Returns how much of each layer's output the memory makes up, on these images.
-
-    Returns:
-      {"read LAYER": {"share": ..., "own": ...}}, L2 norms per example of the memory's share and
-      of the layer's own output, averaged over the batch; {"update BLOCK": ...} with the norms of
-      the change and of the memory before it. A layer that is called several times is averaged.
-      Empty for a plain network.
-    """
-    _, recorded = model.apply(variables, images, train=False, mutable=["intermediates"])
-    kinds = {"memory_use": "read", "memory_update_use": "update"}
-    # In the order of the calls; of a plain dict, jax.jit would return the keys sorted.
-    uses = OrderedDict()
-    for path, calls in flatten_dict(recorded.get("intermediates", {})).items():
-        if path[-1] in kinds:
-            name = f"{kinds[path[-1]]} {'/'.join(path[:-1])}"
-            uses[name] = jax.tree.map(lambda *norms: sum(norms) / len(norms), *calls)
-    return uses

@@ -2,21 +2,20 @@
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
-from aim_flax import report
+from aim_flax import files
 from aim_flax.config import differing_keys, flatten, to_json
+from aim_flax.devices import any_process
 from aim_flax.errors import BusyError, UsageError
-from aim_flax.parallel import any_process
+from aim_flax.files import read_json, write_json
 
 LOCK = ".lock"
 # What a run may go on with changed, its results the same.
@@ -91,9 +90,9 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         # In this order: a workdir with a config is a run's, whenever this process is killed.
         if not saved.is_file():
-            report.write_text(saved, to_json(config))
+            files.write_text(saved, to_json(config))
         if not (workdir / "code_version.json").is_file():
-            report.write_json(workdir / "code_version.json", versions())
+            files.write_json(workdir / "code_version.json", versions())
     except OSError as error:
         raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
 
@@ -126,15 +125,11 @@ def held(workdir: Path, wait: float = 0.0) -> Iterator[None]:
         yield
 
 
-def read_json(path: Path) -> Any:
-    """Returns the content of a JSON file.
+def mark_diverged(workdir: Path, step: int) -> None:
+    """Notes beside a run that its loss was not finite at `step`, so that its row says so."""
+    write_json(workdir / "diverged.json", {"step": step})
 
-    Raises:
-      UsageError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{path} not found: {path.parent} is no run's workdir") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged: {error}") from None
+
+def divergence(workdir: Path) -> int | None:
+    file = workdir / "diverged.json"
+    return int(read_json(file)["step"]) if file.is_file() else None

@@ -126,3 +126,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return "no test"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
-import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from aim_flax import report
-from aim_flax.checkpoint import Checkpoints
 from aim_flax.console import Part, Reporter
-from aim_flax.errors import DataError, DivergenceError, InterruptionError
-from aim_flax.evaluation import Evaluation
-from aim_flax.experiment import Experiment
-from aim_flax.parallel import any_process, union_size
-from aim_flax.schedules import best_epoch, plateau_cuts, select_epoch, should_stop
-from aim_flax.workdir import claim, held, read_json, versions
+from aim_flax.devices import any_process
+from aim_flax.errors import DataError, DivergenceError
+from aim_flax.evaluate.evaluation import Evaluation
+from aim_flax.files import read_json
+from aim_flax.train import report
+from aim_flax.train.checkpoint import Checkpoints
+from aim_flax.train.experiment import Experiment
+from aim_flax.train.optimizer import should_stop
+from aim_flax.train.progress import Progress, add_epoch, first_not_finite, plateau_scale
+from aim_flax.train.signals import interruption, signals
+from aim_flax.train.summary import one_line, summarize, write_results
+from aim_flax.train.workdir import claim, held
 
 EPOCH_SHOWN = ("train_loss", "train_accuracy", "val_accuracy")
 
@@ -68,41 +71,6 @@ def train(
     if not quiet:
         print(f"{workdir} holds this run, finished")
     return read_json(summary)
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come: what a checkpoint holds beside the training state, as JSON.
-
-    Attributes:
-      history: a row per finished epoch, see report.HISTORY_COLUMNS, and its `memory_use`.
-      best_step: the step after which the accuracy on the selection split was best.
-      epoch_sums: loss and accuracy summed over the steps of the epoch under way.
-      seconds: wall-clock time spent in training, over all tries.
-      timed_examples, timed_seconds: of calls that did not compile.
-      waited_seconds: of `timed_seconds`, those spent waiting for data.
-      skipped: for each split, the indices of records that can't be read and were left out.
-    """
-
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    best_step: int | None = None
-    epoch_sums: dict[str, float] = dataclasses.field(
-        default_factory=lambda: {"loss": 0.0, "accuracy": 0.0}
-    )
-    seconds: float = 0.0
-    timed_examples: int = 0
-    timed_seconds: float = 0.0
-    waited_seconds: float = 0.0
-    skipped: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def accuracies(self) -> list[float]:
-        return [row["val_accuracy"] for row in self.history]
-
-    @property
-    def wait_share(self) -> float | None:
-        """The share of training time that went into waiting for data."""
-        return self.waited_seconds / self.timed_seconds if self.timed_seconds else None
 
 
 class _Run:
@@ -265,153 +233,3 @@ class _Run:
         if jax.process_index() == 0:
             write_results(self.workdir, self.config, self.progress.history, summary)
         return summary
-
-
-def first_not_finite(losses: Sequence[float], first_step: int) -> int | None:
-    """Returns the first of these consecutive steps with a loss that is NaN or infinite, or None."""
-    steps = enumerate(losses, start=first_step)
-    return next((step for step, loss in steps if not math.isfinite(loss)), None)
-
-
-def add_epoch(
-    experiment: Experiment,
-    progress: Progress,
-    step: int,
-    learning_rate_scale: float,
-    selection: Evaluation,
-    memory_use: dict[str, dict[str, float]],
-) -> None:
-    """Adds the row of the epoch that ends with `step` to a run's history, and finds the best."""
-    config, epoch_steps = experiment.config, experiment.epoch_steps
-    progress.history.append(
-        {
-            "epoch": step // epoch_steps,
-            "step": step,
-            "learning_rate": float(experiment.schedule(step - 1)) * learning_rate_scale,
-            "train_loss": progress.epoch_sums["loss"] / epoch_steps,
-            "train_accuracy": progress.epoch_sums["accuracy"] / epoch_steps,
-            "val_loss": selection.loss,
-            "val_accuracy": selection.accuracy,
-            "memory_use": memory_use,
-        }
-    )
-    progress.epoch_sums = dict.fromkeys(progress.epoch_sums, 0.0)
-    if config.train.stop_patience is None:
-        losses = [row["val_loss"] for row in progress.history]
-        best = select_epoch(progress.accuracies, losses)
-    else:
-        best = best_epoch(progress.accuracies, config.train.stop_min_delta)
-    progress.best_step = best * epoch_steps
-
-
-def plateau_scale(config: ConfigDict, progress: Progress) -> np.float32:
-    """Returns what the plateaus so far have left of the schedule's learning rate."""
-    schedule = config.schedule
-    cuts = plateau_cuts(progress.accuracies, schedule.plateau_patience, schedule.plateau_min_delta)
-    return np.float32(schedule.plateau_factor ** len(cuts))
-
-
-def summarize(
-    experiment: Experiment, progress: Progress, best: Any, test: Evaluation
-) -> dict[str, Any]:
-    """Returns the summary of a run that has come to its end.
-
-    Args:
-      best: the training state of its best epoch.
-      test: what that made of the test split.
-    """
-    config = experiment.config
-    low, high = test.accuracy_interval()
-    row = next(row for row in progress.history if row["step"] == progress.best_step)
-    timed, waited = progress.timed_seconds, progress.wait_share
-    return {
-        "name": config.name,
-        "arm": config.arm,
-        "seed": config.seed,
-        "test_accuracy": test.accuracy,
-        "test_accuracy_low": low,
-        "test_accuracy_high": high,
-        "test_loss": test.loss,
-        "test_examples": test.count,
-        "skipped_images": sum(
-            union_size(indices, experiment.dataset.records[split])
-            for split, indices in experiment.dataset.skipped.items()
-        ),
-        "val_accuracy": row["val_accuracy"],
-        "val_loss": row["val_loss"],
-        "selected_on": config.eval.select_on,
-        "best_step": progress.best_step,
-        "steps": progress.history[-1]["step"],
-        "epochs": len(progress.history),
-        "params": _size(best.params),
-        "batch_stats": _size(best.model_state.get("batch_stats", {})),
-        "memory_floats": 0 if config.memory is None else math.prod(config.memory.shape),
-        "train_seconds": round(progress.seconds, 3),
-        "examples_per_second": round(progress.timed_examples / timed, 1) if timed else None,
-        "data_wait_share": None if waited is None else round(waited, 4),
-        "device": f"{experiment.devices.count} x {jax.devices()[0].device_kind}",
-        "versions": versions(),
-    }
-
-
-def write_results(
-    workdir: Path, config: ConfigDict, history: report.History, summary: dict[str, Any]
-) -> None:
-    """Writes what a finished run leaves beside its checkpoints and events."""
-    title = f"{config.name}:{config.arm}, seed {config.seed}"
-    report.write_metrics(workdir, history)
-    report.plot_history(workdir / "history.png", history, title)
-    if config.memory is not None:
-        report.plot_memory_use(workdir / "memory_use.png", history, title)
-    # Last, for its presence says that the run is finished.
-    report.write_json(workdir / "summary.json", summary)
-
-
-@contextlib.contextmanager
-def signals(received: list[int] | None = None) -> Iterator[list[int]]:
-    """Yields a list that a first SIGTERM or Ctrl-C is put on; a second one acts as usual.
-
-    Args:
-      received: the list; None: a new one.
-    """
-    received = [] if received is None else received
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        while previous:
-            signal.signal(*previous.popitem())
-
-    def receive(signum, frame):
-        received.append(signum)
-        restore()
-
-    try:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            previous[signum] = signal.signal(signum, receive)
-    except ValueError:  # Not in the main thread: whoever started the thread handles signals.
-        restore()
-    try:
-        yield received
-    finally:
-        restore()
-
-
-def interruption(signum: int, step: int) -> InterruptionError:
-    name = signal.Signals(signum).name
-    return InterruptionError(
-        f"{name}: saved at step {step}; the same command goes on from there", signum
-    )
-
-
-def _size(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def one_line(summary: dict[str, Any]) -> str:
-    return (
-        f"{summary['name']}:{summary['arm']} seed {summary['seed']}: test accuracy"
-        f" {summary['test_accuracy']:.2%} ({summary['test_accuracy_low']:.2%} to"
-        f" {summary['test_accuracy_high']:.2%}) on {summary['test_examples']} images, best"
-        f" {summary['selected_on']} accuracy {summary['val_accuracy']:.2%} at step"
-        f" {summary['best_step']}, {summary['train_seconds']:.1f} s"
-    )

@@ -20,30 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aim_flax import report
-from aim_flax.checkpoint import Checkpoints
+from aim_flax import files
 from aim_flax.console import Part
 from aim_flax.data.in_memory import InMemory
 from aim_flax.data.order import epoch_order
+from aim_flax.devices import AXIS
 from aim_flax.errors import UsageError
-from aim_flax.evaluation import Evaluation, memory_use
-from aim_flax.experiment import Experiment
-from aim_flax.parallel import AXIS
-from aim_flax.steps import data_key
-from aim_flax.table import mark_diverged
-from aim_flax.training import (
-    EPOCH_SHOWN,
-    Progress,
-    add_epoch,
-    first_not_finite,
-    interruption,
-    one_line,
-    plateau_scale,
-    signals,
-    summarize,
-    write_results,
-)
-from aim_flax.workdir import claim, held, read_json
+from aim_flax.evaluate.evaluation import Evaluation
+from aim_flax.evaluate.memory_use import memory_use
+from aim_flax.files import read_json
+from aim_flax.keys import data_key
+from aim_flax.train import report
+from aim_flax.train.checkpoint import Checkpoints
+from aim_flax.train.experiment import Experiment
+from aim_flax.train.loop import EPOCH_SHOWN
+from aim_flax.train.progress import Progress, add_epoch, first_not_finite, plateau_scale
+from aim_flax.train.signals import interruption, signals
+from aim_flax.train.summary import one_line, summarize, write_results
+from aim_flax.train.workdir import claim, held, mark_diverged
 
 _SEEDS = "seeds.json"
 
@@ -103,7 +97,7 @@ def _begin(folder: Path, seeds: Sequence[int]) -> None:
     if unfinished_group(folder) != list(seeds):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        report.write_json(folder / _SEEDS, list(seeds))
+        files.write_json(folder / _SEEDS, list(seeds))
 
 
 @dataclasses.dataclass

@@ -14,18 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t
 
-from aim_flax import report
-from aim_flax.comparison import CONFIDENCE, Comparison, compare
+from aim_flax import files
 from aim_flax.errors import UsageError, check_choice
-from aim_flax.table import (
-    COLUMNS,
-    Row,
-    accuracies_by_arm,
-    arm_table,
-    interval,
-    is_finished,
-    p_value,
-)
+from aim_flax.statistics import CONFIDENCE, Comparison, compare, p_value
+from aim_flax.study.results import COLUMNS, Row, accuracies_by_arm, is_finished
+from aim_flax.study.table import arm_table, interval
+from aim_flax.train import report
 
 ALPHA = 1 - CONFIDENCE
 CURVES = {"val_accuracy": "validation accuracy", "train_loss": "training loss"}
@@ -43,7 +37,7 @@ def write(
 
     Args:
       folder: created if it isn't there.
-      rows: a row of `aim_flax.table.COLUMNS` per run of the study, started or not.
+      rows: a row of `aim_flax.study.results.COLUMNS` per run of the study, started or not.
       histories: {(arm, seed): rows of metrics.csv} of the runs that have any.
       reference: the arm that the others are compared with.
       title: of the report.
@@ -59,11 +53,11 @@ def write(
     compared = compare(arms, reference)
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: ([*arms].index(row["arm"]), int(row["seed"])))
-    report.write_csv(folder / "results.csv", COLUMNS, rows)
+    files.write_csv(folder / "results.csv", COLUMNS, rows)
     colors = _colors(arms)
     _plot_curves(folder / "curves.png", rows, histories, colors, title)
     _plot_differences(folder / "differences.png", compared, colors, reference, title)
-    report.write_text(folder / "report.md", _text(rows, compared, reference, title, command))
+    files.write_text(folder / "report.md", _text(rows, compared, reference, title, command))
 
 
 def read_history(workdir: Path) -> list[dict[str, float]]:
@@ -198,7 +192,7 @@ def _plot_curves(
         axis.set(xlabel="epoch", ylabel=label)
     axes[0].legend()
     figure.suptitle(title)
-    report.save_figure(figure, path)
+    files.save_figure(figure, path)
 
 
 def _plot_arm(
@@ -263,7 +257,7 @@ def _plot_differences(
     axis.set_ylim(len(compared) - 0.5, -0.5)
     axis.set(xlabel=f"test accuracy − that of {reference}, same seed (percentage points)")
     axis.set_title(f"{title}: seeds (dots), mean and 95 % interval (black)", fontsize=10)
-    report.save_figure(figure, path)
+    files.save_figure(figure, path)
 
 
 def _colors(arms: Iterable[str]) -> dict[str, Any]:

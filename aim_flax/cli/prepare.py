@@ -1,4 +1,4 @@
-"""Downloads and prepares a TFDS dataset: python -m aim_flax.data.prepare NAME.
+"""Downloads and prepares a TFDS dataset: python -m aim_flax.cli.prepare NAME.
 
 Needs the extra `prepare` (TensorFlow); reading what it wrote does not. A try that was stopped
 leaves its complete downloads to the next one.
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aim_flax.cli import CommandParser, run_reporting_errors
-from aim_flax.console import fail
+from aim_flax.console import CommandParser, fail, run_reporting_errors
 from aim_flax.data.tfds_records import FILE_FORMAT, check_format, find_builder
 from aim_flax.errors import UsageError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
+
 
 # TFDS's own 10 make a machine without a network wait for more than three minutes.
 _CONNECTION_RETRIES = 4
@@ -99,7 +99,7 @@ def summary(builder: "tfds.core.DatasetBuilder") -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
-        prog="aim_flax.data.prepare", description=__doc__.partition(":")[0], allow_abbrev=False
+        prog="aim_flax.cli.prepare", description=__doc__.partition(":")[0], allow_abbrev=False
     )
     parser.add_argument("name", metavar="NAME[/CONFIG][:VERSION]", help="as in TFDS")
     parser.add_argument("--data_dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
@@ -132,7 +132,3 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _one_line(message: Any) -> str:
     return re.sub(r"\s+", " ", str(message)).strip()
-
-
-if __name__ == "__main__":
-    main()

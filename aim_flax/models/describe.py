@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from ml_collections import ConfigDict
 
-from aim_flax.build import build_model
 from aim_flax.memory import distinct_values
+from aim_flax.models.build import build_model
 
 
 def describe(config: ConfigDict) -> str:

@@ -1,19 +1,11 @@
-"""What is in a folder of images, and wrong with it: python -m aim_flax.data.inspect DIR.
+"""What is in a folder of images, and what is wrong with it."""
 
-Prints the images of each class and split, sizes, formats, images that can't be read and images
-that are there twice, and draws some of each class on a contact sheet. Exit status: 0 if all is
-well; 1 if an image can't be read or is in more than one split or class, or the folder's layout is
-wrong; 2 if there is nothing to look at.
-"""
-
-import argparse
 import collections
 import dataclasses
 import hashlib
 import math
 import os
 import statistics
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,11 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
 
-from aim_flax.cli import CommandParser, run_reporting_errors
-from aim_flax.data.folder import split, survey
 from aim_flax.data.images import ImageError, header, load
 from aim_flax.data.records import EncodedDataset, Records
-from aim_flax.errors import UsageError
 
 _BATCH = 64  # images per task of a thread: a task each would take more memory than its result
 _SMALL = (32, 32, 3)
@@ -153,7 +142,7 @@ def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str
     for name, count in counts.items():
         missing = [label for label in dataset.classes if not count[label]]
         if missing:
-            yield f"{name} lacks {_number(missing, 'class', 'classes')}: {', '.join(missing)}"
+            yield f"{name} lacks {number(missing, 'class', 'classes')}: {', '.join(missing)}"
     for name, count in counts.items():
         if not count:
             continue
@@ -223,71 +212,5 @@ def _printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def _number(things: Sequence[object], one: str, many: str) -> str:
+def number(things: Sequence[object], one: str, many: str) -> str:
     return f"{len(things):,} {one if len(things) == 1 else many}"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = CommandParser(
-        prog="aim_flax.data.inspect",
-        description=__doc__.partition("\n\n")[2],
-    )
-    parser.add_argument("directory", metavar="DIR", help="what data.dir is in a config")
-    parser.add_argument(
-        "--sheet", type=Path, default=Path("contact_sheet.png"), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--per-class", type=int, default=6, help="images of each on the sheet; default: %(default)s"
-    )
-    parser.add_argument(
-        "--val-fraction", type=float, default=0.1, help="as data.val_fraction; default: %(default)s"
-    )
-    parser.add_argument(
-        "--test-fraction",
-        type=float,
-        default=0.2,
-        help="as data.test_fraction; default: %(default)s",
-    )
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: one per core")
-    args = parser.parse_args(argv)
-    if args.per_class < 1 or args.threads < 1:
-        parser.error("--per-class and --threads are at least 1")
-    run_reporting_errors(lambda: _inspect(args))
-
-
-def _inspect(args: argparse.Namespace) -> None:
-    if not args.sheet.absolute().parent.is_dir():
-        raise UsageError(f"--sheet is {args.sheet}, but there is no folder {args.sheet.parent}")
-    if args.sheet.is_dir():
-        raise UsageError(f"--sheet is {args.sheet}, a folder, expected a file to write")
-    sys.stdout.reconfigure(errors="backslashreplace")
-    dataset, problems = survey(args.directory)
-    if not problems:
-        dataset = split(dataset, args.val_fraction, args.test_fraction)
-    findings = examine(dataset, args.threads, Console(stderr=True))
-    for line in report(dataset, findings):
-        print(line)
-    for problem in problems:
-        print(f"layout: {problem}")
-    unreadable = [finding for finding in findings if finding.problem]
-    print(f"{_number(unreadable, 'image', 'images')} can't be read")
-    for finding in unreadable:
-        print(f"  {finding.path} {finding.problem}")
-    groups = duplicates(findings)
-    across = [group for group in groups if len({finding.split for finding in group}) > 1]
-    torn = [group for group in groups if len({finding.label for finding in group}) > 1]
-    print(
-        f"{_number(groups, 'image is', 'images are')} there more than once, {len(across):,} of them"
-        f" in more than one split, {len(torn):,} in more than one class"
-    )
-    for group in groups:
-        same = "bytes" if len({finding.content for finding in group}) == 1 else "pixels"
-        print(f"  same {same}: {', '.join(finding.path for finding in group)}")
-    contact_sheet(dataset.classes, findings, args.per_class).save(args.sheet, "PNG")
-    print(f"wrote {args.sheet}")
-    if problems or unreadable or across or torn:
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

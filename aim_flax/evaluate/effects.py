@@ -17,13 +17,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
-from aim_flax.comparison import CONFIDENCE, holm
 from aim_flax.console import Reporter
-from aim_flax.evaluation import Evaluation
-from aim_flax.interventions import Choosable, intervene, layers, matching, reads_per_example
+from aim_flax.evaluate.evaluation import Evaluation
+from aim_flax.evaluate.interventions import (
+    Choosable,
+    intervene,
+    layers,
+    matching,
+    reads_per_example,
+)
+from aim_flax.files import save_figure, write_csv, write_json
 from aim_flax.latch import AiM
-from aim_flax.report import save_figure, write_csv, write_json
-from aim_flax.table import p_value
+from aim_flax.statistics import CONFIDENCE, holm, p_value
 
 ALPHA = 1 - CONFIDENCE
 

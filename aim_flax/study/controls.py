@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from scipy.optimize import brentq
 
-from aim_flax.build import build_model
-from aim_flax.describe import multiply_adds
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.memory import Memory, check_memory
+from aim_flax.models.build import build_model
+from aim_flax.models.describe import multiply_adds
 from aim_flax.models.resnet import stage_widths
 
 TOLERANCE = 0.01
@@ -53,7 +53,7 @@ def derive(config: ConfigDict, name: str) -> ConfigDict:
 
 def count(config: ConfigDict) -> tuple[int, int]:
     """Returns the trainable parameters of a config's network, and the multiply-adds of one image's
-    forward pass, as `aim_flax.describe` counts them; nothing is compiled or allocated."""
+    forward pass, as `aim_flax.models.describe` counts them; nothing is compiled or allocated."""
     image = jax.ShapeDtypeStruct((1, *config.data.image_shape), jnp.float32)
     # One trace for both: what draws the initial values multiplies no matrices.
     trace = jax.make_jaxpr(build_model(config).init, return_shape=True)

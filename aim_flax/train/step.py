@@ -13,8 +13,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-# What keys are folded from the run's seed for.
-_INIT, _DATA, _DROPOUT, _AUGMENT, _MEMORY = range(5)
+from aim_flax.keys import _DROPOUT, _INIT, _MEMORY
 
 
 class TrainState(struct.PyTreeNode):
@@ -33,16 +32,6 @@ class TrainState(struct.PyTreeNode):
     model_state: Any
     opt_state: Any
     learning_rate_scale: jax.Array
-
-
-def data_key(seed: jax.Array | int) -> jax.Array:
-    """Returns the key that the order of examples in each epoch is folded from."""
-    return jax.random.fold_in(jax.random.key(seed), _DATA)
-
-
-def augment_key(seed: jax.Array | int, step: jax.Array | int) -> jax.Array:
-    """Returns the key of a step's augmentation."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _AUGMENT), step)
 
 
 def create_state(

@@ -1,4 +1,4 @@
-"""How fast data comes, alone and in training: python -m aim_flax.data.bench --config FILE[:ARM].
+"""How fast data comes, alone and in training: python -m aim_flax.cli.bench --config FILE[:ARM].
 
 Prints the images per second that are ready to be trained on, when nothing else is computed, and
 those of training, with the share of its time that is spent waiting for data.
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from aim_flax import config as configs
-from aim_flax.cli import CommandParser, parse_with_overrides, run_reporting_errors
+from aim_flax.console import CommandParser, parse_with_overrides, run_reporting_errors
 from aim_flax.errors import UsageError
-from aim_flax.experiment import Experiment
+from aim_flax.train.experiment import Experiment
 
 
 def measure_data(experiment: Experiment, steps: int) -> float:
@@ -86,7 +86,7 @@ def _measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
-        prog="aim_flax.data.bench",
+        prog="aim_flax.cli.bench",
         description=__doc__.partition(":")[0],
         epilog="Any key of the config is a flag: --config.data.threads=2",
         allow_abbrev=False,
@@ -112,7 +112,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"training: {rate:,.0f} images/s, {waiting:.1%} of its time waiting for data")
 
     run_reporting_errors(work)
-
-
-if __name__ == "__main__":
-    main()

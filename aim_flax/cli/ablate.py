@@ -1,0 +1,88 @@
+"""The command line of ablate.py."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from aim_flax.console import CommandParser, parse_with_overrides, run_reporting_errors
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains all arms of a study with all seeds and reports on them; the command of ablate.py."""
+    parser = CommandParser(
+        prog="ablate.py",
+        description="Trains every arm with every seed, or goes on where the study was left, and"
+        " compares the arms. Started more than once, on one GPU each, say, it shares the work.",
+        epilog="Any key of the config is a flag, for all arms: --config.train.epochs=5",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE")
+    parser.add_argument(
+        "--arms",
+        default="",
+        metavar="A,B",
+        help="of the config file, or a control that is derived: control_params, control_compute,"
+        " memory_frozen, memory_noise, memory_zero, memory_half, memory_double",
+    )
+    parser.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="'NAME[=ARM]:KEY=VALUE KEY=VALUE'",
+        help="a further arm: the file's first one, or ARM, with keys of its config set",
+    )
+    parser.add_argument("--derive-from", metavar="ARM", help="default: the first with a memory")
+    parser.add_argument(
+        "--seeds", default="10", metavar="N|A-B|A,B", help="N: 0 to N - 1; default: 10"
+    )
+    parser.add_argument(
+        "--reference", metavar="ARM", help="compare the others with it; default: control"
+    )
+    parser.add_argument("--workdir", help="default: runs/ablation-<config>")
+    parser.add_argument(
+        "--seeds-per-program",
+        type=_seeds_per_program,
+        metavar="N|auto",
+        help="train so many seeds of an arm at once; default: auto, all where that is quicker",
+    )
+    parser.add_argument("--devices", type=int, help="how many to use; default: all")
+    parser.add_argument(
+        "--report-only", action="store_true", help="only write the report of --workdir anew"
+    )
+    args, assignments = parse_with_overrides(parser, argv)
+    if args.report_only and not args.workdir:
+        parser.error("--report-only needs the --workdir of a study")
+    if not args.report_only and not args.config:
+        parser.error("the following arguments are required: --config")
+
+    def work() -> None:
+        from aim_flax import devices
+        from aim_flax.study import study
+
+        if args.report_only:
+            study.write_report(args.workdir, args.reference)
+            return
+        if warning := devices.warning():
+            print(warning, file=sys.stderr)
+        study.run(
+            args.config,
+            args.workdir,
+            [name.strip() for name in args.arms.split(",")] if args.arms else [],
+            args.seeds,
+            args.arm,
+            assignments,
+            args.derive_from,
+            args.reference,
+            args.seeds_per_program,
+            args.devices,
+        )
+
+    run_reporting_errors(work)
+
+
+def _seeds_per_program(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number of at least 1, or auto")
+    return int(text)

@@ -1,0 +1,59 @@
+"""The command line of eval.py."""
+
+import sys
+from collections.abc import Sequence
+
+from aim_flax.console import CommandParser, parse_with_overrides, run_reporting_errors
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluates a checkpoint of a run; the command line of eval.py."""
+    from aim_flax.evaluate.interventions import KINDS
+
+    parser = CommandParser(
+        prog="eval.py",
+        description="Evaluates a checkpoint of a run, with the network of its saved config.",
+        epilog="Where the data lies may be given anew: --config.data.dir=DIR, and any other key of"
+        " the groups data and eval",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, help="of the run")
+    parser.add_argument("--checkpoint", default="best", metavar="best|latest|STEP")
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"))
+    parser.add_argument("--devices", type=int, help="how many to use; default: all")
+    kinds = (*KINDS, "all")
+    parser.add_argument(
+        "--memory",
+        default="keep",
+        choices=kinds,
+        metavar="|".join(kinds),
+        help="what layers read instead of the memory, or that it is not written (no_write); all:"
+        " a table of what each changes",
+    )
+    parser.add_argument("--at", metavar="PATTERN", help="the layers to alter; default: all")
+    parser.add_argument(
+        "--per-layer", action="store_true", help="with --memory all: alter each layer alone, too"
+    )
+    args, assignments = parse_with_overrides(parser, argv)
+    if args.at is not None and args.memory == "keep":
+        parser.error("--at says where the memory is altered: give --memory, other than keep")
+    if args.per_layer and args.memory != "all":
+        parser.error("--per-layer goes with --memory all")
+    for assignment in assignments:
+        if assignment.partition(".")[0] not in ("data", "eval"):
+            parser.error(f"--config.{assignment}: of a run, only data and eval can be changed")
+
+    def work() -> None:
+        from aim_flax import devices
+        from aim_flax.train.evaluate_run import evaluate_interventions, evaluate_run
+
+        if warning := devices.warning():
+            print(warning, file=sys.stderr)
+        at = ".*" if args.at is None else args.at
+        common = (args.workdir, args.checkpoint, args.split, args.devices, assignments)
+        if args.memory == "all":
+            evaluate_interventions(*common, at, args.per_layer)
+        else:
+            evaluate_run(*common, args.memory, at)
+
+    run_reporting_errors(work)

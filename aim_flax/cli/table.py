@@ -1,0 +1,35 @@
+"""A table of runs: python -m aim_flax.cli.table runs/digits_mlp-*.
+
+Prints, for each arm, the mean and standard deviation of the test accuracy over its finished runs;
+with --reference ARM also its difference from that arm, paired by seed; with --on val it does so for
+the accuracies that picked each run's best epoch, to choose an arm without a look at the test split;
+with --csv FILE also writes a row per run. Runs that diverged or are not finished are counted and
+named.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from aim_flax.console import CommandParser, run_reporting_errors
+from aim_flax.files import write_csv
+from aim_flax.study.results import COLUMNS, SPLITS, read_runs
+from aim_flax.study.table import arm_table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(prog="aim_flax.cli.table", description=__doc__.partition(":")[0])
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
+    parser.add_argument("--reference", metavar="ARM", help="compare the other arms with this one")
+    parser.add_argument(
+        "--on", choices=SPLITS, default="test", help="the split whose accuracy; default: test"
+    )
+    parser.add_argument("--csv", type=Path, help="also write a row per run to this file")
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        rows = read_runs(args.workdirs)
+        if args.csv:
+            write_csv(args.csv, COLUMNS, rows)
+        print(arm_table(rows, args.reference, args.on))
+
+    run_reporting_errors(work)

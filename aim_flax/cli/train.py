@@ -1,0 +1,55 @@
+"""The command line of train.py."""
+
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from aim_flax import config as configs
+from aim_flax.console import CommandParser, parse_with_overrides, run_reporting_errors
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains the network of a config; the command line of train.py."""
+    parser = CommandParser(
+        prog="train.py",
+        description="Trains the network of a config, or goes on where its workdir was left.",
+        epilog="Any key of the config is a flag: --config.train.epochs=5",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARM]")
+    parser.add_argument("--workdir", help="default: runs/<config>-<arm>-<seed>")
+    parser.add_argument("--devices", type=int, help="how many to use; default: all")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several processes that share the work, as jax.distributed finds them",
+    )
+    parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
+    args, assignments = parse_with_overrides(parser, argv)
+
+    def work() -> None:
+        config = configs.override(configs.load(args.config), assignments)
+        # Imported once the flags are known to be right: orbax and others take seconds.
+        from aim_flax import devices
+        from aim_flax.data.load import open_dataset, with_classes
+        from aim_flax.models.describe import describe
+        from aim_flax.train import loop, workdir
+
+        if args.describe:
+            if config.model.num_classes is None:
+                config = with_classes(config, open_dataset(config).classes)
+            print(describe(config))
+            return
+        if args.distributed:
+            jax.distributed.initialize()
+        if warning := devices.warning():
+            print(warning, file=sys.stderr)
+        loop.run(
+            config,
+            args.workdir or workdir.default_workdir(config),
+            args.devices,
+            quiet=jax.process_index() > 0,
+        )
+
+    run_reporting_errors(work)

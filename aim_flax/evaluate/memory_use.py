@@ -1,0 +1,28 @@
+"""How much of each layer's output comes from the memory."""
+
+from collections import OrderedDict
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+
+def memory_use(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, dict[str, Any]]:
+    """Returns how much of each layer's output the memory makes up, on these images.
+
+    Returns:
+      {"read LAYER": {"share": ..., "own": ...}}, L2 norms per example of the memory's share and
+      of the layer's own output, averaged over the batch; {"update BLOCK": ...} with the norms of
+      the change and of the memory before it. A layer that is called several times is averaged.
+      Empty for a plain network.
+    """
+    _, recorded = model.apply(variables, images, train=False, mutable=["intermediates"])
+    kinds = {"memory_use": "read", "memory_update_use": "update"}
+    # In the order of the calls; of a plain dict, jax.jit would return the keys sorted.
+    uses = OrderedDict()
+    for path, calls in flatten_dict(recorded.get("intermediates", {})).items():
+        if path[-1] in kinds:
+            name = f"{kinds[path[-1]]} {'/'.join(path[:-1])}"
+            uses[name] = jax.tree.map(lambda *norms: sum(norms) / len(norms), *calls)
+    return uses

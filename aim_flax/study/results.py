@@ -1,0 +1,96 @@
+"""The results of runs, read from their workdirs: a row per run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from aim_flax.errors import UsageError
+from aim_flax.files import read_json
+from aim_flax.train.workdir import divergence
+
+COLUMNS = (
+    "name",
+    "arm",
+    "seed",
+    "status",
+    "test_accuracy",
+    "val_accuracy",
+    "best_step",
+    "epochs",
+    "params",
+    "selected_on",
+)
+SPLITS = {"test": "test", "val": "validation"}
+FINISHED, UNFINISHED = "finished", "unfinished"
+Row = Mapping[str, Any]
+
+
+def read_runs(workdirs: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Returns a row of COLUMNS per run, by name, arm and seed; see `read_run`."""
+    rows = [read_run(Path(workdir)) for workdir in workdirs]
+    return sorted(rows, key=lambda row: (row["name"], row["arm"], row["seed"]))
+
+
+def read_run(workdir: Path) -> dict[str, Any]:
+    """Returns a run's row: from its summary, or, where it has none, what `without_result` returns.
+
+    Raises:
+      UsageError: it is no run's workdir, or a file of it is damaged.
+    """
+    if (workdir / "summary.json").is_file():
+        summary = read_json(workdir / "summary.json") | {"status": FINISHED}
+        missing = [column for column in COLUMNS if column not in summary]
+        if missing:
+            raise UsageError(f"{workdir / 'summary.json'} has no {', '.join(missing)}")
+        return {column: summary[column] for column in COLUMNS}
+    config = read_json(workdir / "config.json")
+    for key in ("name", "arm", "seed"):
+        if key not in config:
+            raise UsageError(f"{workdir / 'config.json'} is no run's config: it has no {key}")
+    return without_result(ConfigDict(config), divergence(workdir))
+
+
+def without_result(config: ConfigDict, diverged_at: int | None = None) -> dict[str, Any]:
+    """Returns the row of a run that has not been started, is not finished, or has diverged.
+
+    Its `status` is "unfinished" or "diverged at step N"; what there is no result of is None.
+    """
+    status = UNFINISHED if diverged_at is None else f"diverged at step {diverged_at}"
+    row = {"name": config.name, "arm": config.arm, "seed": config.seed, "status": status}
+    return dict.fromkeys(COLUMNS) | row
+
+
+def is_finished(row: Row) -> bool:
+    # A row without a status has a result; only such were recorded before rows had one.
+    return row.get("status", FINISHED) == FINISHED
+
+
+def accuracies_by_arm(rows: Sequence[Row], split: str = "test") -> dict[str, dict[int, float]]:
+    """Returns {arm: {seed: accuracy}} of the finished runs; each arm of a row is there.
+
+    Args:
+      rows: see `arm_table`.
+      split: of SPLITS, whose accuracy.
+
+    Raises:
+      UsageError: two rows are of the same arm and seed; the split is "val", and a run picked its
+        best epoch on the test split.
+    """
+    seen: set[tuple[str, int]] = set()
+    arms: dict[str, dict[int, float]] = {}
+    for row in rows:
+        arm, seed = row["arm"], int(row["seed"])
+        if (arm, seed) in seen:
+            raise UsageError(f"two runs are of arm {arm} and seed {seed}")
+        seen.add((arm, seed))
+        accuracies = arms.setdefault(arm, {})
+        if is_finished(row):
+            if split == "val" and row["selected_on"] != split:
+                raise UsageError(
+                    f"arm {arm} seed {seed} picked its best epoch on {row['selected_on']}: it has"
+                    " no validation accuracy"
+                )
+            accuracies[seed] = float(row[f"{split}_accuracy"])
+    return arms

@@ -1,0 +1,1 @@
+"""Training: one run, or several seeds of it."""

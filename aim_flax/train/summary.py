@@ -1,0 +1,86 @@
+"""What a finished run leaves: its summary and its plots."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from aim_flax import files
+from aim_flax.devices import union_size
+from aim_flax.evaluate.evaluation import Evaluation
+from aim_flax.train import report
+from aim_flax.train.experiment import Experiment
+from aim_flax.train.progress import Progress
+from aim_flax.train.workdir import versions
+
+
+def summarize(
+    experiment: Experiment, progress: Progress, best: Any, test: Evaluation
+) -> dict[str, Any]:
+    """Returns the summary of a run that has come to its end.
+
+    Args:
+      best: the training state of its best epoch.
+      test: what that made of the test split.
+    """
+    config = experiment.config
+    low, high = test.accuracy_interval()
+    row = next(row for row in progress.history if row["step"] == progress.best_step)
+    timed, waited = progress.timed_seconds, progress.wait_share
+    return {
+        "name": config.name,
+        "arm": config.arm,
+        "seed": config.seed,
+        "test_accuracy": test.accuracy,
+        "test_accuracy_low": low,
+        "test_accuracy_high": high,
+        "test_loss": test.loss,
+        "test_examples": test.count,
+        "skipped_images": sum(
+            union_size(indices, experiment.dataset.records[split])
+            for split, indices in experiment.dataset.skipped.items()
+        ),
+        "val_accuracy": row["val_accuracy"],
+        "val_loss": row["val_loss"],
+        "selected_on": config.eval.select_on,
+        "best_step": progress.best_step,
+        "steps": progress.history[-1]["step"],
+        "epochs": len(progress.history),
+        "params": _size(best.params),
+        "batch_stats": _size(best.model_state.get("batch_stats", {})),
+        "memory_floats": 0 if config.memory is None else math.prod(config.memory.shape),
+        "train_seconds": round(progress.seconds, 3),
+        "examples_per_second": round(progress.timed_examples / timed, 1) if timed else None,
+        "data_wait_share": None if waited is None else round(waited, 4),
+        "device": f"{experiment.devices.count} x {jax.devices()[0].device_kind}",
+        "versions": versions(),
+    }
+
+
+def write_results(
+    workdir: Path, config: ConfigDict, history: report.History, summary: dict[str, Any]
+) -> None:
+    """Writes what a finished run leaves beside its checkpoints and events."""
+    title = f"{config.name}:{config.arm}, seed {config.seed}"
+    report.write_metrics(workdir, history)
+    report.plot_history(workdir / "history.png", history, title)
+    if config.memory is not None:
+        report.plot_memory_use(workdir / "memory_use.png", history, title)
+    # Last, for its presence says that the run is finished.
+    files.write_json(workdir / "summary.json", summary)
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def one_line(summary: dict[str, Any]) -> str:
+    return (
+        f"{summary['name']}:{summary['arm']} seed {summary['seed']}: test accuracy"
+        f" {summary['test_accuracy']:.2%} ({summary['test_accuracy_low']:.2%} to"
+        f" {summary['test_accuracy_high']:.2%}) on {summary['test_examples']} images, best"
+        f" {summary['selected_on']} accuracy {summary['val_accuracy']:.2%} at step"
+        f" {summary['best_step']}, {summary['train_seconds']:.1f} s"
+    )
