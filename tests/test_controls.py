@@ -5,13 +5,16 @@ import math
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
 from aim_flax import config as configs
 from aim_flax.config import differing_keys
 from aim_flax.errors import UsageError
-from aim_flax.models.describe import describe
+from aim_flax.models.build import build_model
+from aim_flax.models.describe import describe, multiply_adds
 from aim_flax.study.controls import CONTROLS, count, derive
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -62,7 +65,32 @@ def test_count_is_that_of_describe(name):
         text = describe(config).replace(",", "")
         params, multiply_adds = count(config)
         assert int(re.search(r"^total +(\d+)", text, re.MULTILINE)[1]) == params
-        assert int(re.search(r"forward pass: (\d+)", text)[1]) == multiply_adds
+        alone = int(re.search(r"forward pass: (\d+)", text)[1])
+        if config.memory is None:
+            assert alone == multiply_adds
+        else:  # What is the same for all examples is computed once for a batch.
+            assert alone >= multiply_adds
+        batch_size = config.train.batch_size
+        assert multiply_adds == round(forward_pass(config, batch_size) / batch_size)
+
+
+def forward_pass(config, batch_size):
+    """Returns the multiply-adds of a batch's forward pass, with nothing of `count`."""
+    images = jax.ShapeDtypeStruct((batch_size, *config.data.image_shape), jnp.float32)
+    net = build_model(config)
+    variables = jax.eval_shape(net.init, jax.random.key(0), images)
+    return multiply_adds(jax.make_jaxpr(net.apply)(variables, images).jaxpr)
+
+
+@pytest.mark.parametrize("name", ["digits_mlp:aim_no_update", "cifar10_vgg16:aim_no_update"])
+def test_a_control_computes_as_much_in_a_training_batch(name):
+    """Reads that are the same for all examples are computed once, whatever the batch size is."""
+    config = load(name)
+    derived = derive(config, "control_compute")
+    goal, found = (forward_pass(c, config.train.batch_size) for c in (config, derived))
+    assert abs(found - goal) <= 0.01 * goal
+    goal, found = (forward_pass(c, 1) for c in (config, derived))
+    assert found < 0.98 * goal  # an image alone pays for all of them
 
 
 @pytest.mark.parametrize(("control", "which"), [("control_params", 0), ("control_compute", 1)])

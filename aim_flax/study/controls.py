@@ -28,8 +28,8 @@ def derive(config: ConfigDict, name: str) -> ConfigDict:
 
     - `control`: the plain network.
     - `control_params`: a wider plain network with as many trainable parameters, within 1 %.
-    - `control_compute`: a wider plain network with as many multiply-adds of a forward pass, within
-      1 %.
+    - `control_compute`: a wider plain network with as many multiply-adds, per image of a training
+      batch's forward pass, within 1 %.
     - `memory_frozen`: a memory that stays what it was drawn as; reads and updates are trained.
     - `memory_noise`, `memory_zero`: a memory of that kind, which holds nothing learned.
     - `memory_half`, `memory_double`: half and twice the floats, by its channels.
@@ -52,14 +52,19 @@ def derive(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def count(config: ConfigDict) -> tuple[int, int]:
-    """Returns the trainable parameters of a config's network, and the multiply-adds of one image's
-    forward pass, as `aim_flax.models.describe` counts them; nothing is compiled or allocated."""
-    image = jax.ShapeDtypeStruct((1, *config.data.image_shape), jnp.float32)
+    """Returns the size of a config's network; nothing is compiled or allocated.
+
+    Returns:
+      The trainable parameters, and the multiply-adds per image of the forward pass of a training
+      batch, rounded: what a memory brings once for the whole batch counts once, as it is computed.
+    """
+    batch_size = config.train.batch_size
+    images = jax.ShapeDtypeStruct((batch_size, *config.data.image_shape), jnp.float32)
     # One trace for both: what draws the initial values multiplies no matrices.
     trace = jax.make_jaxpr(build_model(config).init, return_shape=True)
-    jaxpr, variables = trace(jax.random.key(0), image)
+    jaxpr, variables = trace(jax.random.key(0), images)
     params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    return params, multiply_adds(jaxpr.jaxpr)
+    return params, round(multiply_adds(jaxpr.jaxpr) / batch_size)
 
 
 def _plain(config: ConfigDict) -> None:
