@@ -9,23 +9,37 @@ What is latched on to a module lies beside that module's own parameters, under `
 `memory_update`; the memories themselves lie at the top, as `memory` and `memory_initial`.
 """
 
-import inspect
+import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import Scope
+from jax.extend.core import get_opaque_trace_state
 
+from aim_flax import batch_axis
 from aim_flax.errors import UsageError, check_choice, nearest
-from aim_flax.memory import Memory, MemoryUpdate, fit
+from aim_flax.memory import Memory, MemoryUpdate
+from aim_flax.modes import resolve
+from aim_flax.reads import (
+    READ_MODES,
+    READABLE,
+    Call,
+    check_batch,
+    check_readable,
+    is_plain_call,
+    kind_of,
+    read,
+    record,
+    warn_of_keys,
+)
+from aim_flax.scopes import is_in_backbone, push_latched_on, with_backbone
 
-READ_MODES = ("concat", "add", "scale")
 CARRIES = ("weights", "state")
-READABLE = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
-OWN_NAMES = ("memory", "memory_initial", "memory_read", "memory_update")
 
 # Part of JAX's cache keys. Without it nn.jit could take its init from a plain network's cache, and
 # the latch, which sees only what is traced, would not even know that there is an nn.jit to refuse.
@@ -66,6 +80,12 @@ class AiM(nn.Module):
         with `written` the last memory of the pass averaged over batch and devices, `weights`
         the memory before it, and no gradient.
       carry_rate: that rate, in (0, 1].
+      mode: the name of the backbone's argument that tells training from evaluation, such as
+        "train" or "deterministic" (see `modes.MODES`), or "none"; None: found in its signature.
+      check_batch: whether the backbone is traced, abstractly, at another batch size, to see that
+        the first axis is the batch wherever a written memory is read or updated. False takes it
+        for granted, and compares sizes only.
+      watch: called with "read" or "update" and the path of each place, in the order of the calls.
       alter_read, no_write: for evaluation only, and set by `evaluate.interventions.intervene`:
         pairs of a pattern and what it does to the memory that matching reads find, applied in this
         order; and patterns of places whose update blocks don't write.
@@ -85,33 +105,47 @@ class AiM(nn.Module):
     update: MemoryUpdate = MemoryUpdate()
     carry: str = "weights"
     carry_rate: float = 0.1
+    mode: str | None = None
+    check_batch: bool = True
+    watch: Callable[[str, str], None] | None = None
     alter_read: Sequence[tuple[str, Alteration]] = ()
     no_write: Sequence[str] = ()
 
     @nn.compact
-    def __call__(self, *args: Any, train: bool = False, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        train: bool | None = None,
+        memory_mask: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Calls the backbone with these arguments and returns what it returns.
 
         Args:
-          *args, **kwargs: passed on as they are.
-          train: whether update blocks use batch statistics and a carried memory is written;
-            passed on where the backbone's `__call__` has a parameter of that name.
+          *args, **kwargs: passed on as they are. The first axis of the arrays is the batch.
+          train: whether update blocks use batch statistics and a carried memory is written; passed
+            on in the backbone's own words, as what its mode argument is called. None: what the
+            backbone is told by that argument, or its default; else evaluation.
+          memory_mask: which positions of a sequence count when a dense memory is updated from it,
+            (B, T): see `MemoryUpdate`. Not passed on.
         """
-        self._check_options(train)
-        if "train" in inspect.signature(type(self.backbone).__call__).parameters:
-            kwargs["train"] = train
+        _check_backbone(self)
+        train, kwargs = resolve(self.backbone, self.mode, train, args, kwargs)
+        self._check_options(train, memory_mask)
         # Flax binds attributes one level down and takes their names. The backbone belongs in this
         # module's own place, where no name is taken but the memories'.
         scope = self.scope.rewound()
-        latch = _Latch(self, scope, train)
-        backbone = self.backbone.unbind()[0].clone(parent=scope)
+        latch = _Latch(self, scope, train, memory_mask)
+        unbound = self.backbone.unbind()[0]
+        backbone = unbound.clone(parent=scope)
         with _init_context(self.is_initializing()), nn.intercept_methods(latch.intercept):
             outputs = backbone(*args, **kwargs)
         latch.check_patterns()
+        latch.check_axes(unbound, args, kwargs)
         latch.carry_on()
         return outputs
 
-    def _check_options(self, train: bool) -> None:
+    def _check_options(self, train: bool, mask: jax.Array | None) -> None:
         check_choice("read_mode", self.read_mode, READ_MODES)
         check_choice("carry", self.carry, CARRIES)
         if self.zero_init and self.read_mode == "concat":
@@ -119,19 +153,41 @@ class AiM(nn.Module):
                 "zero_init needs read_mode 'add' or 'scale': in 'concat' the memory has no kernel"
                 " of its own"
             )
+        if self.carry == "state" and self.update.pool == "causal":
+            raise UsageError(
+                "carry 'state' keeps one memory for the next batch, but pool 'causal' writes one"
+                " for each position: use carry 'weights'"
+            )
         if self.carry == "state" and not compile_patterns(self.update_after):
             raise UsageError("carry 'state' needs update_after: nothing writes to this memory")
+        if mask is not None and not compile_patterns(self.update_after):
+            raise UsageError("memory_mask is of updates, but update_after is empty")
         if not 0 < self.carry_rate <= 1:
             raise UsageError(f"carry_rate is {self.carry_rate}, expected a number in (0, 1]")
         if train and (self.alter_read or self.no_write):
             raise UsageError("interventions are for evaluation: call the network with train=False")
 
 
+@dataclasses.dataclass
+class _Frame:
+    """A call of the backbone that has not returned yet.
+
+    Calls of one path lie within each other where a subclass calls `super()`, and where modules
+    share a scope: one place, which reads where the layer itself is called, and writes at the end.
+    """
+
+    path: str
+    module: nn.Module
+    has_read: bool = False
+
+
 class _Latch:
     """One forward pass: the memory as it stands, and what has been seen of the backbone."""
 
-    def __init__(self, aim: AiM, scope: Scope, train: bool):
-        self.aim, self.scope, self.train = aim, scope, train
+    def __init__(self, aim: AiM, scope: Scope, train: bool, mask: jax.Array | None):
+        self.aim, self.scope, self.train, self.mask = aim, scope, train, mask
+        scope.flags = with_backbone(scope.flags, self)
+        self.trace = get_opaque_trace_state(convention="flax")
         self.read = compile_patterns(aim.read)
         self.update_after = compile_patterns(aim.update_after)
         self.read_initial = compile_patterns(aim.read_initial)
@@ -139,6 +195,8 @@ class _Latch:
         self.no_write = compile_patterns(aim.no_write)
         self.matched: set[tuple[str, re.Pattern]] = set()
         self.seen: dict[str, nn.Module] = {}
+        self.frames: list[_Frame] = []
+        self.pushed: set[tuple[str, str]] = set()
         self.updates: dict[str, MemoryUpdate] = {}
         self.weights = self._memory("memory")
         self.current = self.weights
@@ -150,34 +208,88 @@ class _Latch:
             self.initial = self._memory("memory_initial")
 
     def _memory(self, name: str) -> jax.Array:
-        return self.aim.memory.clone(parent=self.scope.push(name), name=None)(self.train)
+        scope = push_latched_on(self.scope, name)
+        return self.aim.memory.clone(parent=scope, name=None)(self.train)
+
+    def _push(self, module: nn.Module, name: str) -> Scope:
+        """Returns the scope of what is latched on to a module: in the module's own, for a name at
+        the top could be taken by the backbone."""
+        path = self._path(module)
+        if module.scope.name_reserved(name) and (path, name) not in self.pushed:
+            raise UsageError(
+                f"{path!r} has a submodule or parameter called {name!r}, as is what the latch puts"
+                " there: give it another name"
+            )
+        self.pushed.add((path, name))
+        return push_latched_on(module.scope, name)
+
+    def _path(self, module: nn.Module) -> str:
+        return "/".join(module.path[len(self.scope.path) :])
 
     def intercept(
         self, next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
     ) -> Any:
         module = context.module
-        names = module.path[len(self.scope.path) :]
-        if context.method_name != "__call__" or not names or set(names) & set(OWN_NAMES):
+        if context.method_name != "__call__" or not is_in_backbone(module, self):
             return next_fun(*args, **kwargs)
-        path = "/".join(names)
-        self.seen[path] = module
-        if any("jit(" in transformation for transformation in self._transformations(module)):
-            raise UsageError(
-                f"{path!r} runs inside nn.jit, which calls what it compiled before and so would"
-                " read an old memory: remove nn.jit and compile the whole step with jax.jit"
-            )
-        if self._match("read", path):
-            y = self._read(next_fun, args, kwargs, module, path)
-        elif self._match("read_initial", path):
-            raise UsageError(f"read_initial matches {path!r}, which read does not match")
-        else:
-            y = next_fun(*args, **kwargs)
-        if self._match("update_after", path):
+        path = self._path(module)
+        if not path:
+            return next_fun(*args, **kwargs)
+        outer = [frame for frame in self.frames if frame.path == path]
+        frame = _Frame(path, module)
+        self.frames.append(frame)
+        try:
+            y = self._call(next_fun, args, kwargs, context, outer)
+        finally:
+            self.frames.pop()
+        if outer:
+            outer[-1].has_read |= frame.has_read
+        elif self._match("update_after", path):
             silent = self._match("no_write", path)
             # At initialisation it writes all the same, so that its parameters are made.
             if not silent or self.aim.is_initializing():
                 self._update(y, module, path)
         return y
+
+    def _call(
+        self,
+        next_fun: Callable,
+        args: tuple,
+        kwargs: dict,
+        context: nn.module.InterceptorContext,
+        outer: list[_Frame],
+    ) -> Any:
+        """Returns what a module's call gives, with the memory read into it where it matches."""
+        module, frame = context.module, self.frames[-1]
+        path = frame.path
+        if not outer or kind_of(module) is not None:
+            self.seen[path] = module
+        if any("jit(" in transformation for transformation in self._transformations(module)):
+            raise UsageError(
+                f"{path!r} runs inside nn.jit, which calls what it compiled before and so would"
+                " read an old memory: remove nn.jit and compile the whole step with jax.jit"
+            )
+        if not self._match("read", path):
+            if self._match("read_initial", path):
+                raise UsageError(f"read_initial matches {path!r}, which read does not match")
+            return next_fun(*args, **kwargs)
+        call = Call(module, path, next_fun, context.orig_method.func, args, kwargs)
+        plain = is_plain_call(module, call.function)
+        if plain:
+            frame.has_read = True
+            return self._read(call)
+        y = next_fun(*args, **kwargs)
+        if outer or frame.has_read:
+            return y
+        # No plain layer was called within.
+        check_readable(module, path, self.aim.read_mode)
+        if self.aim.read_mode == "concat":
+            raise UsageError(
+                f"read matches {path!r}, but its class {type(module).__name__} multiplies by a"
+                " kernel in a way of its own, so the memory cannot be given a part of it: use"
+                " read_mode 'add' or 'scale'"
+            )
+        return self._read(dataclasses.replace(call, run=lambda *args, **kwargs: y))
 
     def _transformations(self, module: nn.Module) -> list[str]:
         """Returns the Flax transformations within the backbone that this call runs inside."""
@@ -190,10 +302,17 @@ class _Latch:
         self.matched.update((what, pattern) for pattern in matching)
         return matching
 
-    def _read(
-        self, next_fun: Callable, args: tuple, kwargs: dict, module: nn.Module, path: str
-    ) -> jax.Array:
-        x = args[0] if args else kwargs["inputs"]
+    def _read(self, call: Call) -> jax.Array:
+        module, path = call.module, call.path
+        check_readable(module, path, self.aim.read_mode)
+        around = self._transformations(module)
+        for name, reason in _NO_READS.items():
+            if any(transformation.startswith(f"{name}(") for transformation in around):
+                raise UsageError(
+                    f"read matches {path!r}, which runs inside nn.{name}{reason}: read in a layer"
+                    " outside"
+                )
+        warn_of_keys(module, path, self.aim.read_mode)
         if self._match("read_initial", path):
             m = weights = self.initial
         else:
@@ -201,52 +320,52 @@ class _Latch:
         matching = self._match("alter_read", path)
         for pattern, (_, alter) in zip(self.alter_read, self.aim.alter_read, strict=True):
             if pattern in matching:
-                m = alter(m, weights, x.shape[0], path)
-        m = _as_input(m, x, module, path)
+                m = alter(m, weights, call.x.shape[0], path)
+        if self.aim.watch is not None:
+            self.aim.watch("read", path)
         measure = module.is_mutable_collection("intermediates") and not module.is_initializing()
-        if self.aim.read_mode != "concat":
-            y = next_fun(x)
-            share = _read_layer(module, self.aim.zero_init)(m)
-            if self.aim.read_mode == "scale":
-                share = y * share
-            if measure:
-                _record(module, share, y)
-            return y + share
-        y = next_fun(_append(x, m, module))
-        if measure:
-            # Through an unbound twin, for a bound module cannot be called within its own call.
-            twin = module.clone(parent=None, name=None)
-            own = twin.apply(module.variables, _append(x, jnp.zeros_like(m), module))
-            _record(module, y - own, own)
-        return y
+        return read(call, m, self.aim.read_mode, self.aim.zero_init, self._push, measure)
 
     def _update(self, y: Any, module: nn.Module, path: str) -> None:
-        if self._transformations(module):
+        moved = get_opaque_trace_state(convention="flax") != self.trace
+        if moved or self._transformations(module):
             raise UsageError(
                 f"update_after matches {path!r}, which runs inside a Flax transformation (nn.remat,"
-                " nn.scan, nn.vmap, ...): what is written there cannot leave it; update after a"
-                " module around the transformed one, or behind it"
+                " nn.scan, nn.vmap, nn.cond, ...): what is written there cannot leave it; update"
+                " after a module around the transformed one, or behind it"
             )
-        ranks = "(B, H, W, C)" if self.current.ndim == 4 else "(B, ..., C)"
-        least, most = (4, 4) if self.current.ndim == 4 else (2, 99)
-        if not isinstance(y, jax.Array) or not least <= y.ndim <= most:
-            what = (
-                f"has shape {y.shape}" if isinstance(y, jax.Array) else f"is a {type(y).__name__}"
-            )
+        convolutional = self.weights.ndim == 4
+        ranks = "(B, H, W, C)" if convolutional else "(B, ..., C)"
+        least, most = (4, 4) if convolutional else (2, 99)
+        is_array = isinstance(y, jax.Array | np.ndarray)
+        if not is_array or not least <= y.ndim <= most:
+            what = f"has shape {y.shape}" if is_array else f"is a {type(y).__name__}"
             raise UsageError(
                 f"update_after matches {path!r}, whose output {what}: a memory of shape"
-                f" {self.current.shape[1:]} is updated from an array {ranks}"
+                f" {self.weights.shape[1:]} is updated from an array {ranks}"
             )
-        _check_batch(self.current, y, path)
+        check_batch(self.current, y, path)
         if path not in self.updates:
-            # In the module's own scope: a name at the top could be taken by the backbone.
-            scope = module.scope.push("memory_update", reuse=True)
+            scope = self._push(module, "memory_update")
             self.updates[path] = self.aim.update.clone(parent=scope, name=None)
+        if self.aim.watch is not None:
+            self.aim.watch("update", path)
         before = self.current
-        self.current = self.updates[path](y, before, train=self.train)
+        try:
+            self.current = self.updates[path](
+                y, before, train=self.train, mask=self.mask, decode=self._decodes()
+            )
+        except UsageError as error:
+            raise UsageError(f"update_after matches {path!r}: {error}") from None
         if module.is_mutable_collection("intermediates") and not module.is_initializing():
             change = self.current.astype(jnp.float32) - before.astype(jnp.float32)
-            _record(module, change, before, "memory_update_use")
+            record(module, change, before, "memory_update_use")
+
+    def _decodes(self) -> bool:
+        """Whether this pass goes on from the last: the network has a cache, and may write it."""
+        cached = self.scope.is_mutable_collection("cache")
+        has_cache = bool(self.scope.variables().get("cache"))
+        return cached and has_cache and not self.aim.is_initializing()
 
     def check_patterns(self) -> None:
         """Raises UsageError for a pattern that matched nothing in this pass."""
@@ -272,6 +391,14 @@ class _Latch:
                     f" there are: {', '.join(paths) or 'none'}"
                 )
 
+    def check_axes(self, backbone: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Raises UsageError where the first axis is not the batch, but a memory per example is."""
+        if not self.update_after or not self.aim.check_batch:
+            return
+        places = (self.read, self.read_initial, self.update_after)
+        for axis in (0, 1) if self.aim.update.pool == "causal" else (0,):
+            batch_axis.check(backbone, args, kwargs, *places, axis)
+
     def carry_on(self) -> None:
         """Keeps what was written for the next batch, when the carry is `state`."""
         aim = self.aim
@@ -284,6 +411,64 @@ class _Latch:
         self.carried.value = (1 - aim.carry_rate) * self.carried.value + aim.carry_rate * change
 
 
+# Why there can be no read inside these transformations.
+_NO_READS = {
+    "map_variables": (
+        " (nn.WeightNorm, nn.SpectralNorm, ...), which would transform the variables that are"
+        " latched on there with the layer's own"
+    ),
+    "custom_vjp": ", whose gradient is written by hand and knows nothing of the memory",
+}
+
+
+def _check_backbone(aim: AiM) -> None:
+    """Raises UsageError for what is no Linen module, or is in use outside of the AiM."""
+    backbone = aim.backbone
+    if not isinstance(backbone, nn.Module):
+        kind = type(backbone).__name__
+        is_nnx = any(base.__module__.startswith("flax.nnx") for base in type(backbone).__mro__)
+        advice = "expected one"
+        if is_nnx:
+            advice = (
+                "but an NNX module: write the backbone in Linen, and turn the AiM into NNX with"
+                " nnx.bridge.ToNNX(aim)"
+            )
+        raise UsageError(f"the backbone, {kind}, is no Linen module, {advice}")
+    for module in _modules(backbone):
+        if _has_variables_outside(module, aim.scope):
+            raise UsageError(
+                f"{'/'.join(module.scope.path)!r}, the backbone or a part of it, is called outside"
+                " of its AiM too, where it would have other parameters: call the AiM there, or give"
+                " it a backbone of its own"
+            )
+
+
+def _modules(value: Any) -> list[nn.Module]:
+    """Returns a module and those that it was given as attributes, at any depth."""
+    if isinstance(value, nn.Module):
+        fields = [f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name")]
+        given = [getattr(value, name, None) for name in fields]
+        return [value, *(module for one in given for module in _modules(one))]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [module for one in value for module in _modules(one)]
+    return []
+
+
+def _has_variables_outside(module: nn.Module, scope: Scope) -> bool:
+    """Whether a module has variables of its own in a place that is not below `scope`."""
+    if module.scope is None or module.scope.path[: len(scope.path)] == scope.path:
+        return False
+    root = module.scope.root
+    for tree in root.variables().values():
+        for name in module.scope.path[len(root.path) :]:
+            tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
+        if tree:
+            return True
+    return False
+
+
 def compile_patterns(patterns: Patterns) -> tuple[re.Pattern, ...]:
     """Returns them compiled, without empty ones; UsageError for what is no regular expression."""
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
@@ -291,83 +476,3 @@ def compile_patterns(patterns: Patterns) -> tuple[re.Pattern, ...]:
         return tuple(re.compile(pattern) for pattern in patterns if pattern)
     except re.error as error:
         raise UsageError(f"{error.pattern!r} is no regular expression: {error}") from None
-
-
-def _as_input(m: jax.Array, x: jax.Array, module: nn.Module, path: str) -> jax.Array:
-    """Returns the memory in the form in which a layer with input `x` reads it.
-
-    For convolutions (1 or B, H, W, channels), see `fit`; for dense layers (1 or B, 1, ..., D),
-    of a convolutional memory the mean over rows and columns. In x's dtype.
-    """
-    refusal = f"read matches {path!r}, but "
-    if isinstance(module, nn.Conv | nn.ConvTranspose):
-        kernel = module.kernel_size
-        if isinstance(kernel, int) or len(kernel) != 2 or x.ndim != 4:
-            raise UsageError(f"{refusal}only convolutions over images (B, H, W, C) can read")
-        if m.ndim != 4:
-            raise UsageError(
-                f"{refusal}a convolution reads a memory of shape (R, K, D), not {m.shape[1:]}"
-            )
-        if module.mask is not None:
-            raise UsageError(f"{refusal}its mask says nothing about the memory's channels")
-        _check_batch(m, x, path)
-        return fit(m, x.shape[1], x.shape[2]).astype(x.dtype)
-    if not isinstance(module, READABLE):
-        kinds = ", ".join(f"nn.{kind.__name__}" for kind in READABLE)
-        raise UsageError(
-            f"{refusal}a {type(module).__name__} cannot read a memory; these can: {kinds}"
-        )
-    if isinstance(module, nn.DenseGeneral) and (
-        module.axis not in (-1, (-1,)) or tuple(module.batch_dims)
-    ):
-        raise UsageError(f"{refusal}an nn.DenseGeneral can read only over its last axis")
-    if x.ndim < 2:
-        raise UsageError(f"{refusal}its input has no batch axis: {x.shape}")
-    _check_batch(m, x, path)
-    if m.ndim == 4:
-        m = m.mean(axis=(1, 2))
-    return m.reshape(m.shape[0], *(1,) * (x.ndim - 2), m.shape[-1]).astype(x.dtype)
-
-
-def _check_batch(m: jax.Array, x: jax.Array, path: str) -> None:
-    if m.shape[0] not in (1, x.shape[0]):
-        raise UsageError(
-            f"the memory was written for a batch of {m.shape[0]}, but {path!r} sees {x.shape[0]}:"
-            " the backbone folds something into its batch axis after the update"
-        )
-
-
-def _append(x: jax.Array, m: jax.Array, module: nn.Module) -> jax.Array:
-    """Returns [x, m] along the channels: in a grouped convolution, m once in every group."""
-    groups = getattr(module, "feature_group_count", 1)
-    m = jnp.broadcast_to(m, (*x.shape[:-1], m.shape[-1]))
-    if groups == 1:
-        return jnp.concatenate([x, m], axis=-1)
-    x = x.reshape(*x.shape[:-1], groups, -1)
-    m = jnp.broadcast_to(m[..., None, :], (*x.shape[:-1], m.shape[-1]))
-    joint = jnp.concatenate([x, m], axis=-1)
-    return joint.reshape(*joint.shape[:-2], -1)
-
-
-def _read_layer(module: nn.Module, zero_init: bool) -> nn.Module:
-    """Returns the layer that reads the memory for `module`: its twin, without bias and groups."""
-    changes: dict[str, Any] = {"use_bias": False, "name": None}
-    if zero_init:
-        changes["kernel_init"] = nn.initializers.zeros
-    if isinstance(module, nn.Conv):
-        changes["feature_group_count"] = 1
-    # Its scope is taken after the module's call, so the module's own initial values stay.
-    return module.clone(parent=module.scope.push("memory_read", reuse=True), **changes)
-
-
-def _record(module: nn.Module, share: jax.Array, own: jax.Array, name: str = "memory_use") -> None:
-    """Records L2 norms per example, averaged over the batch, in `intermediates`."""
-
-    # A share that is the same for all examples, or all positions, counts in each of them.
-    share = jnp.broadcast_to(share, jnp.broadcast_shapes(share.shape, own.shape))
-
-    def norm(y: jax.Array) -> jax.Array:
-        squares = jnp.square(y.astype(jnp.float32)).sum(axis=tuple(range(1, y.ndim)))
-        return jnp.sqrt(squares).mean()
-
-    module.sow("intermediates", name, {"share": norm(share), "own": norm(own)})

@@ -21,6 +21,7 @@ from aim_flax.errors import UsageError, check_choice
 
 MEMORY_KINDS = ("conv", "dense", "direct", "noise", "zero")
 UPDATE_MODES = ("replace", "residual", "gated")
+POOLS = ("mean", "causal")
 _GATE_BIAS = -2.0  # a new gate is open by sigmoid(-2), 12 %
 
 
@@ -159,8 +160,14 @@ class MemoryUpdate(nn.Module):
 
     Convolutional form (the article's memory update block): [x, fit(m)] -> 3 x (convolution ->
     batch norm -> sigmoid) -> average pool to (R, K) -> 1x1 convolution to D channels. Dense
-    form: [x, m] -> 3 x (Dense -> batch norm -> sigmoid) -> Dense to D, where x is first averaged
-    over any axes between the batch and the features.
+    form: [x, m] -> 3 x (Dense -> batch norm -> sigmoid) -> Dense to D.
+
+    A dense memory that is updated from more than one position, (B, T, C) or (B, H, W, C), has to
+    be told how: `pool` "mean" averages x over all positions, so that whoever reads the memory sees
+    all of them, later ones included. "causal", for (B, T, C), averages at position t those up to
+    t: the memory is then (B, T, D), and position t of a layer reads its own. There layer norm (J.
+    L. Ba, J. R. Kiros, G. E. Hinton, "Layer Normalization", 2016) takes the place of batch norm,
+    whose statistics in training are over all positions.
 
     That output takes the memory's place in mode `replace`, as published. With batch norm in front
     of it, nothing of the old memory is sure to get through; the other two modes keep what they
@@ -178,9 +185,10 @@ class MemoryUpdate(nn.Module):
       axis_name: device axis over which batch statistics are averaged in training, or None.
       dtype: of the computation; None takes the inputs' and parameters' own.
       mode: "replace", "residual" (m + output) or "gated" (m + gate·(output - m)).
+      pool: of a dense memory: "mean", "causal", or None where x has one position, (B, C).
 
     Raises:
-      UsageError: on an unknown mode or a bad kernel size.
+      UsageError: on an unknown mode or pool, a bad kernel size, an x or a mask that don't fit them.
     """
 
     features: Sequence[int] = (16, 16, 32)
@@ -190,30 +198,51 @@ class MemoryUpdate(nn.Module):
     axis_name: str | None = None
     dtype: jnp.dtype | None = None
     mode: str = "replace"
+    pool: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, m: jax.Array, train: bool = False) -> jax.Array:
-        """Returns the new memory, one per example.
+    def __call__(
+        self,
+        x: jax.Array,
+        m: jax.Array,
+        train: bool = False,
+        mask: jax.Array | None = None,
+        decode: bool = False,
+    ) -> jax.Array:
+        """Returns the new memory, one per example, or with `causal` one per example and position.
 
         Args:
-          x: (B, H, W, C) for a convolutional memory, (B, ..., C) for a dense one.
-          m: (1 or B, R, K, D) or (1 or B, D).
+          x: (B, H, W, C) for a convolutional memory, (B, C) or, with a pool, (B, ..., C) for a
+            dense one; any dtype.
+          m: (1 or B, R, K, D); (1 or B, D); with `causal` (1, D) or (B, T, D).
           train: whether batch norm uses (and records) the statistics of this batch.
+          mask: of a pool, booleans or numbers (B, ...), the leading axes of x: False (0) leaves a
+            position out. Without one all count; an x (B, C) has no positions.
+          decode: with `causal`, whether x goes on where the last call ended; what came before is
+            kept in the collection "cache", and must be mutable.
 
         Returns:
-          (B, R, K, D) or (B, D), in the dtype of the computation with `replace`, else in m's.
+          (B, R, K, D), (B, D) or (B, T, D), in the dtype of the computation with `replace`, else in
+          m's.
         """
         check_choice("the update block's mode", self.mode, UPDATE_MODES)
         before = m
         convolutional = m.ndim == 4
+        self._check_pool(x, m, mask, decode)
         if convolutional:
             rows, columns, channels = m.shape[1:]
             m = fit(m, x.shape[1], x.shape[2])
         else:
             channels = m.shape[-1]
-            x = x.mean(axis=tuple(range(1, x.ndim - 1)))
+            if self.pool == "causal":
+                x = self._pool_causally(x, mask, decode)
+                m = m if m.ndim == 3 else m[:, None]
+            else:
+                x = pool_mean(x, mask)
+        # In what the layers compute in: numbers of the memory are lost in an integer's.
+        dtype = computed_dtype(x, self.dtype)
         m = jnp.broadcast_to(m, (*x.shape[:-1], m.shape[-1]))
-        h = jnp.concatenate([x, m.astype(x.dtype)], axis=-1)
+        h = jnp.concatenate([x.astype(dtype), m.astype(dtype)], axis=-1)
         if convolutional:
             kind, layer = "conv", partial(nn.Conv, kernel_size=pair(self.kernel_size))
             output = partial(nn.Conv, kernel_size=(1, 1))
@@ -226,15 +255,7 @@ class MemoryUpdate(nn.Module):
                 dtype=self.dtype,
                 name=f"{kind}{i}",
             )(h)
-            norm = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=self.momentum,
-                epsilon=self.epsilon,
-                axis_name=self.axis_name,
-                dtype=self.dtype,
-                name=f"norm{i}",
-            )
-            h = nn.sigmoid(norm(h))
+            h = nn.sigmoid(self._norm(f"norm{i}", train)(h))
         if convolutional:
             h = average_pool_to(h, rows, columns)
         output = partial(output, features=channels, dtype=self.dtype)
@@ -245,11 +266,110 @@ class MemoryUpdate(nn.Module):
             return new
         # In the memory's own dtype, in which small changes add up.
         new = new.astype(before.dtype)
+        if new.ndim > before.ndim:
+            before = before[:, None]
         if self.mode == "residual":
             return before + new
         bias_init = nn.initializers.constant(_GATE_BIAS)
         gate = nn.sigmoid(output(kernel_init=glorot, bias_init=bias_init, name="gate")(h))
         return before + gate.astype(before.dtype) * (new - before)
+
+    def _norm(self, name: str, train: bool) -> nn.Module:
+        if self.pool == "causal":
+            return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
+        return nn.BatchNorm(
+            use_running_average=not train,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            name=name,
+        )
+
+    def _check_pool(self, x: jax.Array, m: jax.Array, mask: jax.Array | None, decode: bool) -> None:
+        if self.pool is not None:
+            check_choice("the update block's pool", self.pool, POOLS)
+        if m.ndim == 4:
+            if self.pool is not None or mask is not None:
+                raise UsageError(
+                    "pool and memory_mask are of dense memories: a convolutional one is pooled to"
+                    " its rows and columns"
+                )
+            return
+        if self.pool is None and x.ndim > 2:
+            raise UsageError(
+                f"a dense memory is updated from an array {x.shape}, so it would hold the mean over"
+                " all its positions, later ones included: ask for that with"
+                " MemoryUpdate(pool='mean'), or for one memory per position, of those up to it,"
+                " with pool='causal'"
+            )
+        if self.pool == "causal" and x.ndim != 3:
+            raise UsageError(f"pool 'causal' is for arrays (B, T, C), not {x.shape}")
+        if self.pool == "mean" and decode and x.ndim > 2:
+            raise UsageError(
+                "the network decodes step by step (collection 'cache'), where pool 'mean' sees"
+                " other positions than in a full pass: use pool='causal', or decode by full passes"
+            )
+        if mask is None or x.ndim == 2:
+            return
+        if not 2 <= mask.ndim < x.ndim or mask.shape != x.shape[: mask.ndim]:
+            raise UsageError(
+                f"memory_mask has shape {mask.shape}, expected the leading axes of the array"
+                f" {x.shape} that the memory is updated from, at least (B, T)"
+            )
+
+    def _pool_causally(self, x: jax.Array, mask: jax.Array | None, decode: bool) -> jax.Array:
+        """Returns at each position t the mean of x (B, T, C) over positions 0 to t, (B, T, C)."""
+        x, counted = _masked(x, mask)
+        total, count = jnp.cumsum(x, axis=1), jnp.cumsum(counted, axis=1)
+        if decode:
+            past = self.variable("cache", "total", jnp.zeros_like, x[:, 0])
+            number = self.variable("cache", "count", jnp.zeros_like, counted[:, 0])
+            total, count = total + past.value[:, None], count + number.value[:, None]
+            if not self.is_initializing():
+                past.value, number.value = total[:, -1], count[:, -1]
+        return total / jnp.maximum(count, 1)
+
+
+def pool_mean(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Returns the mean over all axes between the first and the last.
+
+    Args:
+      x: (B, ..., C), any dtype.
+      mask: (B, ...), leading axes of x: positions where it is False (0) don't count. (B, C) has
+        none.
+
+    Returns:
+      (B, C), floats; zeros where no position counts.
+    """
+    axes = tuple(range(1, x.ndim - 1))
+    if mask is None or not axes:
+        return x.mean(axis=axes)
+    x, counted = _masked(x, mask)
+    return x.sum(axis=axes) / jnp.maximum(counted.sum(axis=axes), 1)
+
+
+def _masked(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Returns x, as floats, with zeros where it does not count, and 1 or 0 for each position."""
+    x = x.astype(computed_dtype(x, None))
+    if mask is None:
+        return x, jnp.ones((*x.shape[:-1], 1), x.dtype)
+    keep = jnp.asarray(mask, bool).reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
+    keep = jnp.broadcast_to(keep, (*x.shape[:-1], 1))
+    # Not a product, which keeps NaNs.
+    return jnp.where(keep, x, jnp.zeros((), x.dtype)), keep.astype(x.dtype)
+
+
+def computed_dtype(
+    x: jax.Array, dtype: jnp.dtype | None, param_dtype: jnp.dtype = jnp.float32
+) -> jnp.dtype:
+    """Returns the dtype in which a Linen layer of these dtypes computes on an input `x`."""
+    if dtype is not None:
+        return jnp.dtype(dtype)
+    # Under strict promotion a layer that mixes dtypes refuses them itself.
+    with jax.numpy_dtype_promotion("standard"):
+        found = jnp.result_type(x, param_dtype)
+        return found if jnp.issubdtype(found, jnp.inexact) else jnp.result_type(found, jnp.float32)
 
 
 def average_pool_to(x: jax.Array, rows: int, columns: int) -> jax.Array:

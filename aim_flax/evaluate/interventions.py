@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from aim_flax.errors import UsageError, check_choice
-from aim_flax.latch import OWN_NAMES, AiM, Alteration, compile_patterns
+from aim_flax.latch import AiM, Alteration, compile_patterns
 from aim_flax.memory import fixed_key
 
 
@@ -96,57 +96,42 @@ def intervene(model: nn.Module, kind: str, at: str = ".*") -> AiM:
     return model.clone(alter_read=(*model.alter_read, (at, _ALTERATIONS[kind])))
 
 
-def layers(model: AiM, *args: jax.Array | jax.ShapeDtypeStruct) -> tuple[list[str], list[str]]:
+def layers(model: AiM, *args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
     """Returns the paths of the layers that read and of the modules with an update block.
 
     Both in the order of their first call.
 
     Args:
-      *args: what the network is called with, or its shape and dtype; nothing is computed.
+      *args, **kwargs: what the network is called with; arrays may be given as their shapes and
+        dtypes. Nothing is computed.
     """
-    called: dict[str, tuple[str, ...]] = {}
-
-    def see(next_fun, given, options, context):
-        names = context.module.path
-        if context.method_name == "__call__" and names:
-            called["/".join(names)] = names
-        return next_fun(*given, **options)
-
-    with nn.intercept_methods(see):
-        jax.eval_shape(model.init, jax.random.key(0), *args)
-    patterns = compile_patterns(model.read)
-    reads = [
-        path
-        for path, names in called.items()
-        if not set(names) & set(OWN_NAMES) and any(p.fullmatch(path) for p in patterns)
-    ]
-    updates = ["/".join(n[:-1]) for n in called.values() if n[-1] == "memory_update"]
-    return reads, updates
+    called: dict[tuple[str, str], None] = {}
+    _trace(model.clone(watch=lambda what, path: called.setdefault((what, path))), args, kwargs)
+    return tuple([path for kind, path in called if kind == what] for what in ("read", "update"))
 
 
-def matching(
-    model: nn.Module, at: str, *args: jax.Array | jax.ShapeDtypeStruct
-) -> tuple[list[str], list[str]]:
+def matching(model: nn.Module, at: str, *args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
     """Returns which of the paths that `layers` lists `at` matches.
 
     Raises:
       UsageError: as `intervene` does, also where `at` matches neither a read nor an update.
     """
     keep = intervene(model, "keep", at)
-    found = tuple([p for p in paths if re.fullmatch(at, p)] for paths in layers(model, *args))
+    every = layers(model, *args, **kwargs)
+    found = tuple([p for p in paths if re.fullmatch(at, p)] for paths in every)
     if not any(found):
-        layers(keep, *args)  # raises, naming the reads
+        layers(keep, *args, **kwargs)  # raises, naming the reads
     return found
 
 
-def reads_per_example(model: AiM, *args: jax.Array | jax.ShapeDtypeStruct) -> set[str]:
+def reads_per_example(model: AiM, *args: Any, **kwargs: Any) -> set[str]:
     """Returns the paths of the layers that find a memory of each example's own.
 
     The others find one that is the same for the whole batch, so that "mean" and "shuffle" change
     nothing there, and "reset" only takes away what was carried.
 
     Args:
-      *args: as for `layers`, with at least two examples.
+      *args, **kwargs: as for `layers`, with at least two examples.
     """
     found = set()
 
@@ -155,8 +140,21 @@ def reads_per_example(model: AiM, *args: jax.Array | jax.ShapeDtypeStruct) -> se
             found.add(path)
         return m
 
-    jax.eval_shape(_altering(model, look).init, jax.random.key(0), *args)
+    _trace(_altering(model, look), args, kwargs)
     return found
+
+
+def _trace(model: AiM, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Initialises a network abstractly; only the arrays among its arguments are traced."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+
+    def init(*arrays: jax.Array) -> Any:
+        left = iter(arrays)
+        given = [next(left) if hasattr(leaf, "shape") else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(tree, given)
+        return model.init(jax.random.key(0), *args, **kwargs)
+
+    jax.eval_shape(init, *(leaf for leaf in leaves if hasattr(leaf, "shape")))
 
 
 @dataclasses.dataclass(frozen=True)

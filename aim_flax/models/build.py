@@ -17,8 +17,9 @@ from aim_flax.models.vgg import VGG
 
 MODELS = {"mlp": MLP, "resnet": ResNet, "vgg": VGG}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Fields of the classes that no config sets: Flax's own, and what `intervene` sets.
-_NO_OPTIONS = {"parent", "name", "alter_read", "no_write"}
+# Fields of the classes that no config sets: Flax's own, what networks from elsewhere need, and what
+# `evaluate.interventions` sets.
+_NO_OPTIONS = {"parent", "name", "mode", "check_batch", "watch", "alter_read", "no_write"}
 
 
 def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:

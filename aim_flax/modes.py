@@ -1,0 +1,133 @@
+"""Whether a network is called in training or in evaluation, in its own words."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from aim_flax.errors import UsageError, check_choice
+
+# What networks call the argument, and what it means where it is True.
+MODES = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "is_train": True,
+    "deterministic": False,
+    "use_running_average": False,
+    "inference": False,
+    "eval": False,
+    "is_eval": False,
+}
+NO_MODE = "none"
+
+
+def resolve(
+    backbone: nn.Module,
+    declared: str | None,
+    train: bool | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[bool, dict[str, Any]]:
+    """Finds out in which mode a network is called, and tells it in its own words.
+
+    Args:
+      backbone: the network.
+      declared: the name of its mode argument, one of MODES, or "none"; None: the one of them that
+        its `__call__` has, or, where that has none, a field of that name.
+      train: the mode that the caller asks for; None: that of the backbone's own argument, by
+        default its default, and evaluation where there is none.
+      args, kwargs: for the network, its mode argument perhaps among them.
+
+    Returns:
+      Whether it is training, and the keyword arguments, the mode among them where it is asked for.
+
+    Raises:
+      UsageError: two arguments, or `**kwargs`, that may be the mode; modes that contradict each
+        other; a mode that is not known at tracing.
+    """
+    backbone = _entry(backbone)
+    name = _mode_argument(backbone, declared)
+    if name is None:
+        fixed = _fixed_by_field(backbone) if declared is None else None
+        return _agree(backbone, train, *(fixed or (None, None))), kwargs
+    field = getattr(backbone, name, None)
+    signature = inspect.signature(type(backbone).__call__)
+    try:
+        bound = signature.bind_partial(None, *args, **kwargs)
+    except TypeError as error:
+        raise UsageError(
+            f"{type(backbone).__name__}.__call__ cannot be called so: {error}"
+        ) from None
+    given = bound.arguments.get(name, kwargs.get(name))
+    if given is not None:
+        return _agree(backbone, train, name, given), kwargs
+    if isinstance(field, bool):
+        return _agree(backbone, train, name, field), kwargs
+    parameter = signature.parameters.get(name)
+    if train is None and parameter is not None and isinstance(parameter.default, bool):
+        return _agree(backbone, None, name, parameter.default), kwargs
+    train = _agree(backbone, train, None, None)
+    return train, {**kwargs, name: train == MODES[name]}
+
+
+def _entry(backbone: nn.Module) -> nn.Module:
+    """Returns the module whose `__call__` gets the arguments: of an nn.Sequential, its first."""
+    while isinstance(backbone, nn.Sequential) and backbone.layers:
+        if not isinstance(backbone.layers[0], nn.Module):
+            break
+        backbone = backbone.layers[0]
+    return backbone
+
+
+def _mode_argument(entry: nn.Module, declared: str | None) -> str | None:
+    network = type(entry).__name__
+    if declared == NO_MODE:
+        return None
+    parameters = inspect.signature(type(entry).__call__).parameters
+    hides = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if declared is not None:
+        check_choice("mode", declared, (*MODES, NO_MODE))
+        if declared not in parameters and not hides:
+            raise UsageError(f"mode is {declared!r}, which {network}.__call__ does not take")
+        return declared
+    found = [name for name in parameters if name in MODES]
+    if len(found) > 1:
+        raise UsageError(
+            f"{network}.__call__ takes {' and '.join(found)}: say which of them tells training from"
+            f" evaluation, with AiM(..., mode={found[0]!r})"
+        )
+    if not found and hides and not isinstance(entry, nn.Sequential):
+        raise UsageError(
+            f"{network}.__call__ takes **kwargs, behind which its mode argument may be: name it"
+            f" with AiM(..., mode='train'), or say that there is none with mode={NO_MODE!r}"
+        )
+    return found[0] if found else None
+
+
+def _fixed_by_field(backbone: nn.Module) -> tuple[str, bool] | None:
+    """Returns a field, such as `deterministic`, that fixes the network's mode, and its value."""
+    names = [field.name for field in dataclasses.fields(backbone) if field.name in MODES]
+    fixed = [(n, v) for n in names if isinstance(v := getattr(backbone, n, None), bool)]
+    return fixed[0] if len(fixed) == 1 else None
+
+
+def _agree(backbone: nn.Module, train: bool | None, name: str | None, value: Any) -> bool:
+    """Returns the one mode that the caller's `train` and the network's own argument mean."""
+    for what, mode in (("train", train), (name, value)):
+        if isinstance(mode, jax.core.Tracer):
+            raise UsageError(
+                f"{what} is traced by JAX, but the mode must be known at tracing: make it static,"
+                " or close over it"
+            )
+    if name is None or value is None:
+        return bool(train)
+    training = bool(value) == MODES[name]
+    if train is not None and bool(train) != training:
+        raise UsageError(
+            f"train={bool(train)} contradicts {name}={bool(value)} of"
+            f" {type(backbone).__name__}: give one of them, or both alike"
+        )
+    return training

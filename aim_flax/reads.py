@@ -1,0 +1,324 @@
+"""How a layer reads a memory: which layers can, in what form, and what comes of it."""
+
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.core import Scope
+from flax.errors import ScopeParamShapeError
+
+from aim_flax.errors import UsageError
+from aim_flax.memory import computed_dtype, fit
+
+READ_MODES = ("concat", "add", "scale")
+READABLE = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A layer's call as the latch sees it.
+
+    Attributes:
+      module: the layer.
+      path: of the layer in the backbone.
+      run: what computes the layer, without looking again at the reads of its own call.
+      function: the method that `run` calls, unbound.
+      args, kwargs: of the call.
+    """
+
+    module: nn.Module
+    path: str
+    run: Callable[..., Any]
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @functools.cached_property
+    def x(self) -> jax.Array:
+        """The layer's input: the first argument of its call."""
+        if self.args:
+            return self.args[0]
+        if self._first not in self.kwargs:
+            raise UsageError(
+                f"read matches {self.path!r}, which is called without its input"
+                f" {self._first!r}: give it as the first argument"
+            )
+        return self.kwargs[self._first]
+
+    @property
+    def _first(self) -> str:
+        return list(inspect.signature(self.function).parameters)[1]
+
+    def on(self, x: jax.Array, run: Callable[..., Any] | None = None) -> Any:
+        """Returns what the layer, or `run` in its place, makes of another input."""
+        run = self.run if run is None else run
+        if self.args:
+            return run(x, *self.args[1:], **self.kwargs)
+        return run(**{**self.kwargs, self._first: x})
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """Returns the class of READABLE that a layer belongs to, or None."""
+    return next((kind for kind in READABLE if isinstance(module, kind)), None)
+
+
+def is_plain_call(module: nn.Module, function: Callable[..., Any]) -> bool:
+    """Whether a method is the `__call__` of the layer's class of READABLE itself.
+
+    A subclass may wrap it, and call it with `super()`: that inner call is where the layer has its
+    input as it is multiplied, and its output before anything else happens to it.
+    """
+    kind = kind_of(module)
+    return kind is not None and function is inspect.unwrap(kind.__call__)
+
+
+def check_readable(module: nn.Module, path: str, mode: str) -> None:
+    """Raises UsageError for a layer that cannot read in this mode."""
+    kind = kind_of(module)
+    refusal = f"read matches {path!r}, but "
+    if kind is None:
+        kinds = ", ".join(f"nn.{kind.__name__}" for kind in READABLE)
+        raise UsageError(
+            f"{refusal}a {type(module).__name__} cannot read a memory; these can: {kinds}"
+        )
+    if mode == "concat" and (changed := _overridden(type(module), kind)):
+        raise UsageError(
+            f"{refusal}its class {type(module).__name__} has a {changed} of its own, so the"
+            " memory's part of the kernel would be transformed with the layer's: use read_mode"
+            " 'add' or 'scale'"
+        )
+
+
+def _overridden(layer: type[nn.Module], kind: type[nn.Module]) -> str:
+    """Returns a name of `kind`'s behaviour, `__call__` aside, that the layer overrides, or ""."""
+    fields = {field.name for field in dataclasses.fields(layer)}
+    for base in layer.__mro__[: layer.__mro__.index(kind)]:
+        for name, value in vars(base).items():
+            method = callable(value) and not name.startswith("__") and name not in fields
+            if method and hasattr(kind, name):
+                return name
+    return ""
+
+
+def read(
+    call: Call,
+    m: jax.Array,
+    mode: str,
+    zero_init: bool,
+    push: Callable[[nn.Module, str], Scope],
+    measure: bool,
+) -> jax.Array:
+    """Returns the layer's output with the memory read into it.
+
+    Args:
+      call: of a layer that `check_readable` accepts.
+      m: the memory, see `_as_input`.
+      mode: one of READ_MODES.
+      zero_init: whether the read kernel of "add" and "scale" starts at zero.
+      push: returns the scope of what is latched on to a module, by its name.
+      measure: whether to record how much of the output is the memory's.
+    """
+    module, x = call.module, call.x
+    m = _as_input(m, x, module, call.path)
+    if mode == "concat":
+        return _concat(call, m, measure)
+    y = call.run(*call.args, **call.kwargs)
+    layer = _read_layer(module, zero_init, push(module, "memory_read"))
+    with _of_one_map_size(call, m):
+        share = layer(m)
+    # Of a layer that pads or strides by itself the output may be of another size.
+    if not isinstance(y, jax.Array | np.ndarray) or not _fits(share, y):
+        what = getattr(y, "shape", type(y).__name__)
+        raise UsageError(
+            f"read matches {call.path!r}, whose class {type(module).__name__} makes {what} of"
+            f" {x.shape}, where nn.{kind_of(module).__name__} would make {share.shape[1:]} of each"
+            " example: read in another layer"
+        )
+    if mode == "scale":
+        share = y * share
+    if measure:
+        record(module, share, y)
+    return y + share
+
+
+def _fits(share: jax.Array, y: jax.Array) -> bool:
+    sizes = zip(share.shape, y.shape, strict=True) if share.ndim == y.ndim else [(0, 1)]
+    return all(a in (1, b) for a, b in sizes)
+
+
+def _concat(call: Call, m: jax.Array, measure: bool) -> jax.Array:
+    module = call.module
+    # Cast as the layer would, so that both can be one array.
+    x = call.x.astype(m.dtype)
+    with _of_one_map_size(call, m):
+        if getattr(module, "feature_group_count", 1) > 1:
+            own, share = _halves_of_groups(module, x, m)
+            y = own + share
+        else:
+            y = call.on(_append(x, m))
+            if measure:
+                # Through an unbound twin: a bound module cannot be called within its own call.
+                twin = _bound(_plain(module), module.variables)
+                own = twin(_append(x, jnp.zeros_like(m)))
+                share = y - own
+    if measure:
+        record(module, share, own)
+    return y
+
+
+def _bound(layer: nn.Module, variables: Any) -> Callable[..., jax.Array]:
+    """Returns the layer with these variables as a function."""
+    return functools.partial(layer.apply, variables)
+
+
+def _append(x: jax.Array, m: jax.Array) -> jax.Array:
+    """Returns [x, m] along the channels."""
+    return jnp.concatenate([x, jnp.broadcast_to(m, (*x.shape[:-1], m.shape[-1]))], axis=-1)
+
+
+def _halves_of_groups(module: nn.Conv, x: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a grouped convolution of x, and what its kernel's part for the memory adds.
+
+    Every group reads the whole memory, so that part is an ungrouped convolution of m. [x, m], with
+    a copy of m for every group, would be larger than x by as many times as m has channels.
+    """
+    own = x.shape[-1] // module.feature_group_count
+    shape = (*module.kernel_size, own + m.shape[-1], module.features)
+    # In the order in which the layer makes them, so with the initial values that it would draw.
+    kernel = module.param("kernel", module.kernel_init, shape, module.param_dtype)
+    params = {"kernel": kernel[:, :, :own]}
+    if module.use_bias:
+        shape = (module.features,)
+        params["bias"] = module.param("bias", module.bias_init, shape, module.param_dtype)
+    y = _plain(module).apply({"params": params}, x)
+    reader = _plain(module, feature_group_count=1, use_bias=False)
+    return y, reader.apply({"params": {"kernel": kernel[:, :, own:]}}, m)
+
+
+def _as_input(m: jax.Array, x: jax.Array, module: nn.Module, path: str) -> jax.Array:
+    """Returns the memory in the form in which a layer with input `x` reads it.
+
+    For convolutions (1 or B, H, W, channels), see `fit`; for dense layers (1 or B, 1, ..., D), of
+    a convolutional memory the mean over rows and columns, and of one with a memory for each of T
+    positions (B, T, 1, ..., D). In the dtype in which the layer computes.
+    """
+    refusal = f"read matches {path!r}, but "
+    dtype = computed_dtype(x, module.dtype, module.param_dtype)
+    if isinstance(module, nn.Conv | nn.ConvTranspose):
+        kernel = module.kernel_size
+        if isinstance(kernel, int) or len(kernel) != 2 or x.ndim != 4:
+            raise UsageError(f"{refusal}only convolutions over images (B, H, W, C) can read")
+        if m.ndim != 4:
+            raise UsageError(
+                f"{refusal}a convolution reads a memory of shape (R, K, D), not {m.shape[1:]}"
+            )
+        if module.mask is not None:
+            raise UsageError(f"{refusal}its mask says nothing about the memory's channels")
+        check_batch(m, x, path)
+        return fit(m, x.shape[1], x.shape[2]).astype(dtype)
+    if isinstance(module, nn.DenseGeneral) and (
+        module.axis not in (-1, (-1,)) or tuple(module.batch_dims)
+    ):
+        raise UsageError(f"{refusal}an nn.DenseGeneral can read only over its last axis")
+    if x.ndim < 2:
+        raise UsageError(f"{refusal}its input has no batch axis: {x.shape}")
+    check_batch(m, x, path)
+    if m.ndim == 4:
+        m = m.mean(axis=(1, 2))
+    positions = m.shape[1:-1]
+    if positions and x.shape[1:-1][:1] != positions:
+        raise UsageError(
+            f"{refusal}the memory has one content for each of {positions[0]} positions, and its"
+            f" input {x.shape} has not as many: read where inputs are (B, T, ...)"
+        )
+    ones = (1,) * (x.ndim - m.ndim)
+    return m.reshape(m.shape[0], *positions, *ones, m.shape[-1]).astype(dtype)
+
+
+def check_batch(m: jax.Array, x: jax.Array, path: str) -> None:
+    """Raises UsageError where a memory per example meets another number of examples."""
+    if m.shape[0] not in (1, x.shape[0]):
+        raise UsageError(
+            f"the memory was written for a batch of {m.shape[0]}, but {path!r} sees {x.shape[0]}:"
+            " the backbone folds something into its batch axis after the update"
+        )
+
+
+def _plain(module: nn.Module, parent: Scope | None = None, **changes: Any) -> nn.Module:
+    """Returns a layer of the class of READABLE itself with the module's options."""
+    kind = kind_of(module)
+    names = {field.name for field in dataclasses.fields(kind)} - {"parent", "name"}
+    options = {name: getattr(module, name) for name in names}
+    return kind(**{**options, **changes}, parent=parent)
+
+
+def _read_layer(module: nn.Module, zero_init: bool, scope: Scope) -> nn.Module:
+    """Returns the layer that reads the memory for `module`: as it, without bias and groups.
+
+    Not its twin: a subclass that standardises or scales its kernel would do so to this one too.
+    """
+    changes: dict[str, Any] = {"use_bias": False}
+    if zero_init:
+        changes["kernel_init"] = functools.partial(_zeros_like, module.kernel_init)
+    if isinstance(module, nn.Conv):
+        changes["feature_group_count"] = 1
+    # Its scope is taken after the module's call, so the module's own initial values stay.
+    return _plain(module, scope, **changes)
+
+
+def _zeros_like(initializer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Returns zeros in the box, such as nn.Partitioned, in which the initialiser puts its array."""
+    return jax.tree.map(jnp.zeros_like, initializer(*args, **kwargs))
+
+
+@contextmanager
+def _of_one_map_size(call: Call, m: jax.Array) -> Iterator[None]:
+    """Explains a kernel that was made for another number of the memory's channels."""
+    try:
+        yield
+    except ScopeParamShapeError as error:
+        size = "x".join(map(str, call.x.shape[1:-1])) or "vectors"
+        raise UsageError(
+            f"read matches {call.path!r}, whose kernel does not fit an input of {size} with"
+            f" {m.shape[-1]} channels of memory: how many channels a memory has depends on the"
+            " map's size, so a layer can read at one size only, that of its initialisation"
+        ) from error
+
+
+def warn_of_keys(module: nn.Module, path: str, mode: str) -> None:
+    """Warns of a read that softmax ignores: the same vector added to all keys of an attention."""
+    attention = module.parent
+    if (
+        module.name == "key"
+        and mode != "scale"
+        and isinstance(attention, nn.MultiHeadDotProductAttention)
+        and attention.attention_fn is nn.dot_product_attention
+        and not getattr(attention, "normalize_qk", False)
+    ):
+        warnings.warn(
+            f"read matches {path!r}, where it does nothing: what is added to all keys alike,"
+            " softmax takes away; leave the attention's 'key' out of the pattern, or read with"
+            " read_mode 'scale'",
+            stacklevel=2,
+        )
+
+
+def record(module: nn.Module, share: jax.Array, own: jax.Array, name: str = "memory_use") -> None:
+    """Records L2 norms per example, averaged over the batch, in `intermediates`."""
+
+    # A share that is the same for all examples, or all positions, counts in each of them.
+    share = jnp.broadcast_to(share, jnp.broadcast_shapes(share.shape, own.shape))
+
+    def norm(y: jax.Array) -> jax.Array:
+        squares = jnp.square(y.astype(jnp.float32)).sum(axis=tuple(range(1, y.ndim)))
+        return jnp.sqrt(squares).mean()
+
+    module.sow("intermediates", name, {"share": norm(share), "own": norm(own)})
