@@ -166,17 +166,12 @@ def _concat(call: Call, m: jax.Array, measure: bool) -> jax.Array:
             y = call.on(_append(x, m))
             if measure:
                 # Through an unbound twin: a bound module cannot be called within its own call.
-                twin = _bound(_plain(module), module.variables)
+                twin = functools.partial(_plain(module).apply, module.variables)
                 own = twin(_append(x, jnp.zeros_like(m)))
                 share = y - own
     if measure:
         record(module, share, own)
     return y
-
-
-def _bound(layer: nn.Module, variables: Any) -> Callable[..., jax.Array]:
-    """Returns the layer with these variables as a function."""
-    return functools.partial(layer.apply, variables)
 
 
 def _append(x: jax.Array, m: jax.Array) -> jax.Array:
