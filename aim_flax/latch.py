@@ -195,6 +195,7 @@ class _Latch:
         self.no_write = compile_patterns(aim.no_write)
         self.matched: set[tuple[str, re.Pattern]] = set()
         self.seen: dict[str, nn.Module] = {}
+        self.unnamed: dict[str, None] = {}
         self.frames: list[_Frame] = []
         self.pushed: set[tuple[str, str]] = set()
         self.updates: dict[str, MemoryUpdate] = {}
@@ -233,7 +234,8 @@ class _Latch:
         if context.method_name != "__call__" or not is_in_backbone(module, self):
             return next_fun(*args, **kwargs)
         path = self._path(module)
-        if not path:
+        if not path:  # The backbone itself, or what shares its scope.
+            self.unnamed.setdefault(type(module).__name__)
             return next_fun(*args, **kwargs)
         outer = [frame for frame in self.frames if frame.path == path]
         frame = _Frame(path, module)
@@ -385,10 +387,17 @@ class _Latch:
             for pattern in getattr(self, what):
                 if (what, pattern) in self.matched:
                     continue
+                network, *sharing = self.unnamed
+                advice = ""
+                if sharing:
+                    advice = (
+                        f"; {', '.join(sharing)} shares the scope of {network}, so it has no path:"
+                        f" put {network} into a module"
+                    )
                 raise UsageError(
                     f"{name} pattern {pattern.pattern!r} matches no {noun} of"
                     f" {type(self.aim.backbone).__name__}{nearest(pattern.pattern, paths)};"
-                    f" there are: {', '.join(paths) or 'none'}"
+                    f" there are: {', '.join(paths) or 'none'}{advice}"
                 )
 
     def check_axes(self, backbone: nn.Module, args: tuple, kwargs: dict) -> None:

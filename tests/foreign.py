@@ -2,7 +2,6 @@
 
 import re
 from contextlib import contextmanager
-from functools import partial
 
 import jax
 import numpy as np
@@ -26,7 +25,7 @@ def random_variables(net, *args, seed=0, **kwargs):
             return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
         return rng.normal(0, 0.4, leaf.shape).astype(leaf.dtype)
 
-    shapes = jax.eval_shape(partial(net.init, **kwargs), KEY, *args)
+    shapes = jax.eval_shape(lambda key: net.init(key, *args, **kwargs), KEY)
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 

@@ -8,11 +8,10 @@ correctly is as likely to be the one's as the other's if the intervention makes 
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
@@ -83,10 +82,11 @@ def mcnemar(worse: int, better: int) -> float:
 
 def measure(
     model: AiM,
-    images: jax.ShapeDtypeStruct,
+    inputs: Any,
     build: Callable[[Any], Callable[[dict[str, np.ndarray]], Evaluation]],
     at: str = ".*",
     per_layer: bool = False,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Effects:
     """Evaluates a network as it is, and with every intervention that can make a difference.
 
@@ -95,19 +95,23 @@ def measure(
 
     Args:
       model: a latched network.
-      images: shape and dtype of what it is called with, at least two images.
+      inputs: what it is called with, at least two examples: an array, or a tuple of several
+        arguments; shapes and dtypes will do.
       build: takes an altered network, or a `Choosable`, and returns what evaluates it on the split,
         given variables beside its own.
       at: the reads and update places to alter, as for `intervene`.
       per_layer: also alter each of them alone.
+      kwargs: what it is called with by keyword.
 
     Raises:
       UsageError: a network without memory, or an `at` that is no regular expression or matches
         nothing.
     """
-    reads, updates = matching(model, at, images)
-    all_reads, all_updates = layers(model, images)
-    varied = reads_per_example(model, images)
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    kwargs = {} if kwargs is None else dict(kwargs)
+    reads, updates = matching(model, at, *args, **kwargs)
+    all_reads, all_updates = layers(model, *args, **kwargs)
+    varied = reads_per_example(model, *args, **kwargs)
     carried = model.carry == "state"
     varied_reads = [path for path in reads if path in varied]
     of_kind = {

@@ -7,9 +7,17 @@ import jax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from aim_flax.modes import MODES
 
-def memory_use(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, dict[str, Any]]:
-    """Returns how much of each layer's output the memory makes up, on these images.
+
+def memory_use(
+    model: nn.Module, variables: Any, *args: Any, **kwargs: Any
+) -> dict[str, dict[str, Any]]:
+    """Returns how much of each layer's output the memory makes up, on these inputs.
+
+    Args:
+      *args, **kwargs: what the network is called with, its mode aside: in evaluation, with
+        train=False where it is not said otherwise.
 
     Returns:
       {"read LAYER": {"share": ..., "own": ...}}, L2 norms per example of the memory's share and
@@ -17,7 +25,9 @@ def memory_use(model: nn.Module, variables: Any, images: jax.Array) -> dict[str,
       the change and of the memory before it. A layer that is called several times is averaged.
       Empty for a plain network.
     """
-    _, recorded = model.apply(variables, images, train=False, mutable=["intermediates"])
+    if not MODES.keys() & kwargs.keys():
+        kwargs["train"] = False
+    _, recorded = model.apply(variables, *args, **kwargs, mutable=["intermediates"])
     kinds = {"memory_use": "read", "memory_update_use": "update"}
     # In the order of the calls; of a plain dict, jax.jit would return the keys sorted.
     uses = OrderedDict()
