@@ -19,9 +19,11 @@ from aim_flax.errors import BusyError, InterruptionError, UsageError
 from aim_flax.study import plan as planning
 from aim_flax.study import results
 from aim_flax.study import study as studies
-from aim_flax.train import loop, seeds
+from aim_flax.train import loop
+from aim_flax.train.experiment import Experiment
 from aim_flax.train.restore import restore_run
 from aim_flax.train.workdir import LOCK, held
+from tests.calls import after_calls, signal_once
 from tests.test_cli import fails
 from tests.test_training import DIGITS, ROOT, SMALL, digits
 
@@ -146,47 +148,24 @@ def test_report_says_the_command_that_makes_it(whole, tmp_path, capsys, monkeypa
     assert "| `control` | 2 |" in capsys.readouterr().out
 
 
-def interrupted_once(monkeypatch, owner, method, when):
-    """Sends SIGTERM once, as soon as `when` holds after a call of the method."""
-    original, sent = getattr(owner, method), []
-
-    def interrupt(self, *args):
-        result = original(self, *args)
-        if not sent and when(self):
-            sent.append(True)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(owner, method, interrupt)
-
-
 @pytest.mark.slow
 def test_interrupted_group_goes_on_and_gives_the_same_report(tmp_path, monkeypatch, whole):
     """In the second arm's second epoch; then arms trained to their end are left alone."""
     arguments = ("aim_state", "control")
     options = dict(overrides=("train.epochs=3", "model.dropout=0.3"))
     parts = tmp_path / "parts"
-    interrupted_once(
-        monkeypatch,
-        seeds._Group,
-        "_finish_epoch",
-        lambda group: group.config.arm == "control" and group.step == 38,
-    )
-    with pytest.raises(InterruptionError, match="SIGTERM: saved at step 38; the same command"):
-        study(parts, *arguments, **options)
+    with monkeypatch.context() as patch:
+        signal_once(patch, 19, arm="control")
+        with pytest.raises(InterruptionError, match="SIGTERM: saved at step 38; the same command"):
+            study(parts, *arguments, **options)
     assert names(parts) == {".groups", "aim_state", "control", "study.json"}
     studies.write_report(parts, quiet=True)
     assert "| `control` | 0 of 2; 2 unfinished |" in (parts / "report.md").read_text()
     before = snapshot(parts / "aim_state")
     steps = []
-    original = seeds._Group._note
-    monkeypatch.setattr(
-        seeds._Group,
-        "_note",
-        lambda self, metrics, length, s: (
-            steps.append((self.config.arm, length)),
-            original(self, metrics, length, s),
-        ),
+    after_calls(
+        monkeypatch,
+        lambda run, step, metrics: steps.append((run.config.arm, metrics["loss"].shape[1])),
     )
     study(parts, *arguments, **options)
     assert steps == [("control", 19)]
@@ -298,15 +277,14 @@ def test_several_processes_share_a_study(tmp_path):
 @pytest.mark.parametrize("per_program", [None, 1])
 def test_signal_while_results_are_written_ends_the_study(tmp_path, monkeypatch, per_program):
     """Of the first arm, whose runs are finished all the same."""
-    module = seeds if per_program is None else loop
-    original = module.write_results
+    original = loop.write_results
 
     def interrupt(workdir, *args):
         original(workdir, *args)
         if workdir.name == "0":
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(module, "write_results", interrupt)
+    monkeypatch.setattr(loop, "write_results", interrupt)
     options = dict(seeds_per_program=per_program, overrides=("train.epochs=1",))
     with pytest.raises(InterruptionError, match=r"SIGINT: control seeds? 0\S* done; the same"):
         study(tmp_path / "s", "control", "aim_no_update", seeds="2", **options)
@@ -317,7 +295,7 @@ def test_signal_while_results_are_written_ends_the_study(tmp_path, monkeypatch, 
 def test_killed_while_results_are_written_trains_nothing_again(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     study(whole, "control")
-    original = seeds.summarize
+    original = loop.run_summary
 
     class Killed(BaseException):
         pass
@@ -328,11 +306,11 @@ def test_killed_while_results_are_written_trains_nothing_again(tmp_path, monkeyp
         return original(run, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(seeds, "summarize", kill)
+        patch.setattr(loop, "run_summary", kill)
         with pytest.raises(Killed):
             study(parts, "control")
     before = snapshot(parts / "control" / "0")
-    monkeypatch.setattr(seeds, "_train_call", None)
+    monkeypatch.setattr(Experiment, "train_call", None)
     study(parts, "control")
     assert snapshot(parts / "control" / "0") == before
     for seed in "01":
@@ -343,14 +321,15 @@ def test_killed_while_results_are_written_trains_nothing_again(tmp_path, monkeyp
 def test_one_by_one_is_the_single_run_and_goes_on(tmp_path, monkeypatch):
     overrides = ("train.epochs=2", "train.steps_per_call=10")
     options = dict(overrides=overrides, seeds_per_program=1)
-    interrupted_once(
-        monkeypatch,
-        loop._Run,
-        "_check_finite",
-        lambda run: run.config.seed == 1 and run.step == 19,
-    )
-    with pytest.raises(InterruptionError, match="SIGTERM: saved at step 29"):
-        study(tmp_path / "s", "control", **options)
+    with monkeypatch.context() as patch:
+        after_calls(
+            patch,
+            lambda run, step, metrics: (
+                (run.config.seed, step) == (1, 19) and os.kill(os.getpid(), signal.SIGTERM)
+            ),
+        )
+        with pytest.raises(InterruptionError, match="SIGTERM: saved at step 29"):
+            study(tmp_path / "s", "control", **options)
     # A run that was begun alone ends alone, also when seeds are trained together now.
     study(tmp_path / "s", "control", **(options | {"seeds_per_program": None}))
     for seed in range(2):
@@ -364,25 +343,13 @@ def test_one_by_one_is_the_single_run_and_goes_on(tmp_path, monkeypatch):
 def test_a_seed_that_diverges_is_marked_and_the_others_go_on(tmp_path, monkeypatch, per_program):
     """The loss of seed 1 is not finite at step 25, in the second epoch."""
     reference = study(tmp_path / "reference", "control", seeds_per_program=per_program)
-    if per_program is None:
-        original = seeds._Group._note
 
-        def spoil(self, metrics, length, seconds):
-            if self.step < 25 <= self.step + length:
-                metrics["loss"][1, 24 - self.step] = np.nan
-            original(self, metrics, length, seconds)
+    def spoil(run, step, metrics):
+        seeds = {1: [run.config.seed], 2: [0, 1]}[len(metrics["loss"])]
+        if 1 in seeds and step < 25 <= step + metrics["loss"].shape[1]:
+            metrics["loss"][seeds.index(1), 24 - step] = np.nan
 
-        monkeypatch.setattr(seeds._Group, "_note", spoil)
-    else:
-        check = loop._Run._check_finite
-
-        def spoil(self, losses, first_step):
-            losses = np.array(losses)
-            if self.config.seed == 1 and first_step <= 25 < first_step + len(losses):
-                losses[25 - first_step] = np.nan
-            check(self, losses, first_step)
-
-        monkeypatch.setattr(loop._Run, "_check_finite", spoil)
+    after_calls(monkeypatch, spoil)
     rows = study(tmp_path / "s", "control", seeds_per_program=per_program)
     assert [row["status"] for row in rows] == ["finished", "diverged at step 25"]
     assert rows[0] == reference[0]
@@ -552,8 +519,6 @@ def test_study_of_another_config_is_refused_and_nothing_touched(whole):
 
 
 def test_convolutions_on_cpu_run_one_by_one(tmp_path):
-    from aim_flax.train.experiment import Experiment
-
     assert studies.fits_together(Experiment(digits("aim"), 1))
     assert not studies.fits_together(Experiment(digits("aim", "train.stop_patience=3"), 1))
     config = digits("control")

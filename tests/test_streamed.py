@@ -1,8 +1,6 @@
 """Images that stream through the host: the same batches however they are loaded."""
 
 import csv
-import os
-import signal
 from pathlib import Path
 
 import jax
@@ -18,6 +16,7 @@ from aim_flax.devices import Devices
 from aim_flax.errors import DataError, InterruptionError, UsageError
 from aim_flax.train import loop
 from aim_flax.train.evaluate_run import evaluate_run
+from tests.calls import signal_once
 from tests.photos import Photos, write_folder
 from tests.test_training import assert_same_end
 
@@ -227,15 +226,8 @@ def test_interrupted_streamed_run_goes_on_bit_equal(tmp_path, photographs):
     config = folder(photographs, "data.in_memory_mb=0.0", "data.threads=1")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.run(config, whole, 1, quiet=True)
-    original = loop._Run._check_finite
-
-    def interrupt(self, losses, first_step):
-        original(self, losses, first_step)
-        if first_step == 10:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_check_finite", interrupt)
+        signal_once(patch, 9)
         with pytest.raises(InterruptionError, match="saved at step 10"):
             loop.run(config, parts, 1, quiet=True)
     loop.run(configs.override(config, ["data.threads=3"]), parts, 1, quiet=True)

@@ -21,6 +21,7 @@ from aim_flax.errors import DivergenceError, InterruptionError, UsageError
 from aim_flax.train import loop
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.restore import restore_run
+from tests.calls import after_calls, signal_once
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
@@ -240,15 +241,8 @@ def test_signal_saves_and_the_run_goes_on(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.run(config, whole, 1, quiet=True)
 
-    original = loop._Run._check_finite
-
-    def interrupt(self, losses, first_step):
-        original(self, losses, first_step)
-        if first_step == 25:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_check_finite", interrupt)
+        signal_once(patch, 24)
         with pytest.raises(InterruptionError, match="SIGTERM: saved at step 29;") as error:
             loop.run(config, parts, 1, quiet=True)
     assert error.value.signal == signal.SIGTERM
@@ -260,15 +254,8 @@ def test_signal_saves_and_the_run_goes_on(tmp_path):
 
 def test_checkpoint_of_one_device_goes_on_with_eight(tmp_path):
     config = digits("aim_state", "train.epochs=3", "parallel=shard_map")
-    original = loop._Run._write_epoch
-
-    def stop(self, events):
-        original(self, events)
-        if self.step == 19:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_write_epoch", stop)
+        signal_once(patch, 19, signal.SIGINT)
         with pytest.raises(InterruptionError, match="SIGINT: saved at step 38;"):
             loop.run(config, tmp_path / "run", 1, quiet=True)
     before = restore_run(tmp_path / "run", "latest").variables
@@ -285,17 +272,20 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     assert (tmp_path / "run" / "config.json").exists()
     assert not (tmp_path / "run" / "summary.json").exists()
 
-    class Late(loop._Run):
-        def _check_finite(self, losses, first_step):
-            super()._check_finite([np.nan] if first_step > 19 else losses, first_step)
+    def spoil(experiment, step, metrics):
+        if step >= 19:
+            metrics["loss"][:] = np.nan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_Run", Late)
+        after_calls(patch, spoil)
         message = r"loss nan at step 20 \(epoch 2\); the last good checkpoint is of step 19"
         with pytest.raises(DivergenceError, match=message) as error:
             loop.run(digits("control"), tmp_path / "late", 1, quiet=True)
     assert error.value.step == 20
     assert restore_run(tmp_path / "late", "best").step == 19
+    # The best network alone can't be trained further: the run starts anew, and loses nothing.
+    assert loop.run(digits("control"), tmp_path / "late", 1, quiet=True)["steps"] == 40 * 19
+    assert (tmp_path / "late" / "checkpoints" / "set-aside-19").is_dir()
 
 
 def test_selection_on_the_test_split_is_said(tmp_path):

@@ -76,7 +76,7 @@ def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | Path
         learning_rate_scale=np.ones((), np.float32),
     )
     checkpoints = Checkpoints(workdir / "checkpoints")
-    checkpoints.save(0, state, dataclasses.asdict(Progress(best_step=0)))
+    checkpoints.save(0, dataclasses.asdict(Progress(best_step=0)), state)
     checkpoints.close()
     return config
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -74,10 +73,12 @@ class TrainBatches:
     Attributes:
       sharded: whether what `feed` has is each device's own part of the batches.
       steps_per_call: how many steps what `feed` has for one is good for; None: its epoch's.
+      seed_axes: of what a feed of several seeds has, the axis of seeds of each part, or None.
     """
 
     sharded = False
     steps_per_call = None
+    seed_axes = (None, None, 0)
 
     def __init__(
         self,
@@ -91,8 +92,8 @@ class TrainBatches:
         self._batch_size, self._local = batch_size, batch_size // devices.count
         self._scale, self._augmentation = scale, augmentation
 
-    def feed(self, seed: int, start: int, stop: int) -> "Feed":
-        """Returns the data of the steps from `start` until before `stop`."""
+    def feed(self, seed: int | np.ndarray, start: int, stop: int) -> "Feed":
+        """Returns the data of the steps from `start` until before `stop`, for a seed or several."""
         return Feed(self._devices, self._split, self._batch_size, seed)
 
     def on_device(self, data: Any, seed: jax.Array, step: jax.Array) -> Callable:
@@ -119,22 +120,28 @@ class TrainBatches:
 
 
 class Feed:
-    """The training split on the devices, with the order of an epoch."""
+    """The training split on the devices, with the order of an epoch for each seed."""
 
-    def __init__(self, devices: Devices, split: Split, batch_size: int, seed: int):
-        self._devices = devices
+    def __init__(self, devices: Devices, split: Split, batch_size: int, seed: int | np.ndarray):
+        self._devices, self._seed = devices, np.asarray(seed, np.uint32)
         self._data = devices.replicate((split.images, split.labels))
         self._epoch_steps = steps_per_epoch(len(split), batch_size)
         self._epoch = None
+
+        def order_of(seed: jax.Array, epoch: int) -> jax.Array:
+            return epoch_order(data_key(seed), epoch, len(split))
+
         # Not within the training step: sorting 50,000 keys takes a CPU longer than a small step.
-        self._order_of = jax.jit(partial(epoch_order, data_key(seed), num_examples=len(split)))
+        self._order_of = jax.jit(
+            jax.vmap(order_of, in_axes=(0, None)) if self._seed.ndim else order_of
+        )
 
     def at(self, step: int) -> Any:
         """Returns what `on_device` takes for this step, and those after it in its epoch."""
         epoch = step // self._epoch_steps
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = self._devices.replicate(self._order_of(epoch))
+            self._order = self._devices.replicate(self._order_of(self._seed, epoch))
         return (*self._data, self._order)
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from aim_flax.study.results import Row, read_run, without_result
 from aim_flax.study.table import arm_table
 from aim_flax.train import loop, signals
 from aim_flax.train.experiment import Experiment
-from aim_flax.train.seeds import check_together, train_together, unfinished_group
+from aim_flax.train.together import check_together, train_together, unfinished_group
 from aim_flax.train.workdir import check_claim, held, mark_diverged
 
 _GROUPS = ".groups"

@@ -115,20 +115,28 @@ class Experiment:
         create = partial(create_state, self.model, self.optimizer, image_shape=image_shape)
         return jax.jit(create, compiler_options=options)
 
-    def train_call(self, length: int) -> Callable:
+    def train_call(self, length: int, together: bool = False) -> Callable:
         """Returns `length` steps, all within one epoch, as a program of all devices.
 
         (state, data, seed) -> (state, {loss, accuracy: (length,)}), where `data` is what
         `train_batches.feed` has for the first step, and the rest is replicated. The state that goes
         in is given up.
+
+        Args:
+          together: for several seeds at once: state, seed and metrics have a leading axis of seeds,
+            and `data` comes from a feed of all of them.
         """
-        return self.program(("train", length), lambda: self._train_call(length))
 
-    def _train_call(self, length: int) -> Callable:
-        sharded = (1,) if self.train_batches.sharded else ()
-        return self.devices.map(self.steps_on_device(length), donate=(0,), sharded=sharded)
+        def build() -> Callable:
+            steps = self._steps_on_device(length)
+            if together:
+                steps = jax.vmap(steps, in_axes=(0, self.train_batches.seed_axes, 0))
+            sharded = (1,) if self.train_batches.sharded else ()
+            return self.devices.map(steps, donate=(0,), sharded=sharded)
 
-    def steps_on_device(self, length: int) -> Callable:
+        return self.program(("train", length, together), build)
+
+    def _steps_on_device(self, length: int) -> Callable:
         """Returns what one device computes of `train_call`."""
 
         def on_device(state, data, seed):
@@ -148,13 +156,18 @@ class Experiment:
 
         return on_device
 
-    def evaluate(self, split: str) -> Callable[[Any], Evaluation]:
-        """Returns replicated variables -> Evaluation of a split."""
-        return self.program(("evaluate", split), lambda: self._evaluate(split))
+    def evaluate(self, split: str, together: bool = False) -> Callable[[Any], list[Evaluation]]:
+        """Returns replicated variables -> [Evaluation of a split].
 
-    def _evaluate(self, split: str) -> Callable[[Any], Evaluation]:
-        batches = self.eval_batches(split)
-        return build_evaluate(self.model, self.devices, batches, len(self.dataset.classes))
+        With `together` variables have a leading axis of seeds, and there is one for each of them.
+        """
+
+        def build() -> Callable:
+            batches, classes = self.eval_batches(split), len(self.dataset.classes)
+            evaluate = build_evaluate(self.model, self.devices, batches, classes, together)
+            return evaluate if together else lambda variables: [evaluate(variables)]
+
+        return self.program(("evaluate", split, together), build)
 
     def eval_batches(self, split: str) -> Any:
         """Returns the batches of a split, in its order."""
@@ -162,13 +175,23 @@ class Experiment:
             self.devices, split, self.config.eval.batch_size, self.config.data.scale
         )
 
-    def memory_probe(self) -> Callable[[Any], dict[str, dict[str, float]]]:
-        """Returns replicated variables -> the use of memory on the first selection batch."""
+    def memory_probe(self, together: bool = False) -> Callable[[Any], dict[str, dict[str, Any]]]:
+        """Returns replicated variables -> the use of memory on the first selection batch.
+
+        Numbers are arrays, () or, with `together`, (seeds,).
+        """
         if self.config.memory is None:
             return lambda variables: {}
         images = self.probe_images()
-        use = self.program(("probe",), lambda: jax.jit(partial(memory_use, self.model)))
-        return lambda variables: jax.tree.map(float, use(self.devices.local(variables), images))
+
+        def build() -> Callable:
+            use = partial(memory_use, self.model)
+            return jax.jit(jax.vmap(use, in_axes=(0, None)) if together else use)
+
+        use = self.program(("probe", together), build)
+        return lambda variables: jax.tree.map(
+            np.asarray, use(self.devices.local(variables), images)
+        )
 
     def probe_images(self) -> np.ndarray:
         """Returns the first selection batch, (at most eval.batch_size, H, W, C) float32."""
