@@ -156,9 +156,9 @@ class Loop:
         compiled: set[int] = set()
         with contextlib.ExitStack() as stack:
             received = stack.enter_context(signals(self.part.received))
-            events = [
-                stack.enter_context(report.Events(workdir, self.step)) for workdir in self.workdirs
-            ]
+            # None where only results are missing: what a run has finished is left alone.
+            workdirs = [] if self._done() else self.workdirs
+            events = [stack.enter_context(report.Events(w, self.step)) for w in workdirs]
             self.part.begin(self.step)
             feed = experiment.train_batches.feed(seed, self.step, experiment.total_steps)
             stack.enter_context(contextlib.closing(feed))
