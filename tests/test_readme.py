@@ -53,6 +53,46 @@ def test_tables_are_those_of_the_committed_results():
     assert files == {f"results/{study}.csv" for study in STUDIES}
 
 
+def accuracies(study):
+    """Returns the test accuracies of a committed study, of each arm in the order of seeds."""
+    with (ROOT / "results" / f"{study}.csv").open() as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: int(row["seed"]))
+    arms = {row["arm"] for row in rows}
+    return {
+        arm: np.array([float(row["test_accuracy"]) for row in rows if row["arm"] == arm])
+        for arm in arms
+    }
+
+
+def test_first_screen_says_what_the_committed_results_are():
+    """The picture, the result and the two commands come first, the table behind them."""
+    summary, rest = README.split("\n## Two commands\n")
+    summary = " ".join(summary.split())
+    assert "docs/method.svg" in summary
+    commands, table_of_runs = rest.split("<!-- results/")[:2]
+    assert "python train.py" in commands
+    assert "python -m pytest" in commands
+    assert "| `published` |" in table_of_runs
+
+    def points(study, arm, reference):
+        found = accuracies(study)
+        return f"{100 * (found[arm] - found[reference]).mean():.1f}"
+
+    cifar10, groceries = "small_resnet_cifar10", "small_resnet_grocery"
+    resolution, both = (
+        [points(study, arm, "control") for study in (cifar10, groceries)]
+        for arm in ("control_stride1", "published")
+    )
+    assert f"{resolution[0]} of {both[0]} points" in summary
+    assert f"{resolution[1]} of {both[1]} on photographs" in summary
+    assert f"the other {points(cifar10, 'published', 'control_stride1')} points" in summary
+    assert f"{points(cifar10, 'published', 'control_params')} more than" in summary
+    found = accuracies(cifar10)
+    p = ttest_rel(found["published"], found["published_no_update"]).pvalue
+    writing = points(cifar10, "published", "published_no_update")
+    assert f"adds {writing} points (p = {p:.2f})" in summary
+
+
 def test_committed_studies_are_of_whole_arms():
     """Every arm has the same seeds, and all of them have a result."""
     for study, seeds in STUDIES.items():
