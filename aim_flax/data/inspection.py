@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
 
+from aim_flax import markdown
 from aim_flax.data.images import ImageError, header, load
 from aim_flax.data.records import EncodedDataset, Records
 
@@ -122,15 +123,7 @@ def count_table(classes: Sequence[str], counts: Mapping[str, Mapping[str, int]])
     rows = [["class", *counts]]
     rows += [[label, *(f"{count[label]:,}" for count in counts.values())] for label in classes]
     rows.append(["all", *(f"{sum(count.values()):,}" for count in counts.values())])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
-        cells[0] = f"{row[0]:<{widths[0]}}"
-        lines.append(f"| {' | '.join(cells)} |")
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines.insert(1, f"| {' | '.join(rule)} |")
-    return "\n".join(lines)
+    return markdown.table(rows, padded=True)
 
 
 def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str]:
