@@ -2,7 +2,7 @@
 
     python -m aim_flax.cli.keras_import weights.h5 --workdir runs/imported
 
-makes a run of them, at step 0, that eval.py evaluates and train.py goes on with.
+makes a run of them, at step 0, that eval.py can evaluate and train.py continue.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from aim_flax.train.experiment import abstract_state
 from aim_flax.train.progress import Progress
 from aim_flax.train.workdir import claim
 
-# Their biases show the number of classes, and of the memory's channels.
+# Layers whose biases show the number of classes and of the memory's channels.
 _SIZED_BY = ("fc1000", "mem_init")
 
 
 def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | PathLike) -> ConfigDict:
-    """Makes a run, at step 0, of the weights in a Keras HDF5 file.
+    """Makes a run, at step 0, from the weights in a Keras HDF5 file.
 
     Args:
       path: see `read_keras_hdf5`.
@@ -79,7 +79,7 @@ def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | Path
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="aim_flax.cli.keras_import",
-        description="Makes a run of the weights of a published Keras AiM-ResNet50.",
+        description="Makes a run from the weights of a published Keras AiM-ResNet50.",
         allow_abbrev=False,
     )
     parser.add_argument("weights", help="an HDF5 file that Keras wrote")

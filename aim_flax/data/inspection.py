@@ -19,7 +19,7 @@ from aim_flax import markdown
 from aim_flax.data.images import ImageError, header, load
 from aim_flax.data.records import EncodedDataset, Records
 
-_BATCH = 64  # images per task of a thread: a task each would take more memory than its result
+_BATCH = 64  # images per task of a thread: a task per image would take more memory than its result
 _SMALL = (32, 32, 3)
 _THUMBNAIL, _LINE = 64, 14  # pixels
 _MOST_FREQUENT = 5
@@ -31,7 +31,7 @@ class Finding:
 
     Attributes:
       split: its split.
-      path: its path; the folder it lies in is its class.
+      path: its path; the name of its folder is its class.
       problem: why it can't be read, or "".
       format: "JPEG", "PNG", ... by its content.
       size: height and width in pixels.
@@ -107,7 +107,7 @@ def duplicates(findings: Iterable[Finding]) -> list[list[Finding]]:
         same = collections.defaultdict(list)
         several = len({finding.content for finding in alike}) > 1
         for finding in alike:
-            # Alike when small: whether they are the same takes all pixels.
+            # Small copies may be equal where the images are not.
             same[_pixels(finding) if several else finding.content].append(finding)
         groups += [group for group in same.values() if len(group) > 1]
     return groups
@@ -127,7 +127,7 @@ def count_table(classes: Sequence[str], counts: Mapping[str, Mapping[str, int]])
 
 
 def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str]:
-    """Returns the lines that say what was found, duplicates and problems of layout aside."""
+    """Yields the lines that say what was found, except duplicates and problems of layout."""
     counts = {name: collections.Counter() for name in dataset.splits}
     for finding in findings:
         counts[finding.split][finding.label] += 1
@@ -168,9 +168,9 @@ def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str
 def contact_sheet(
     classes: Sequence[str], findings: Iterable[Finding], per_class: int
 ) -> Image.Image:
-    """Returns some images of each class, from all over it, below the class's name.
+    """Returns some images of each class, spread over it, below the class's name.
 
-    Of the training images, or of whatever split comes first.
+    They are training images, or those of the first split if there are none.
     """
     members = collections.defaultdict(list)
     first = None
@@ -183,7 +183,7 @@ def contact_sheet(
     rows = math.ceil(len(classes) / columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
-    # Pillow's own font knows fewer letters.
+    # Pillow's own font has fewer letters.
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     font = ImageFont.truetype(fonts / "DejaVuSans.ttf", _LINE - 3)
     for i, label in enumerate(classes):
@@ -201,7 +201,7 @@ def contact_sheet(
 
 
 def _printable(name: str) -> str:
-    """A file's name may have bytes that are no text."""
+    """Returns a file's name, which may have bytes that are not text, as text."""
     return name.encode(errors="backslashreplace").decode()
 
 

@@ -151,8 +151,8 @@ def read_keras_hdf5(path: str | PathLike) -> dict[str, dict[str, np.ndarray]]:
     """Reads the weights in a Keras HDF5 file, which needs the extra `keras` (h5py).
 
     Args:
-      path: of what Keras 2 writes by `save_weights("x.h5")` or, as a whole model, by
-        `save("x.h5")`; Keras 3 still writes the latter. Not the `.weights.h5` of Keras 3.
+      path: of a file that Keras 2 wrote by `save_weights("x.h5")`, or Keras 2 or 3 by
+        `save("x.h5")` (a whole model). Not the `.weights.h5` of Keras 3.
 
     Returns:
       {layer name: {role: array}}, without the layers that have no weights.

@@ -24,7 +24,7 @@ from aim_flax.train.restore import Restored, restore_run
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A checkpoint of a run with the split that it is to be evaluated on; variables replicated."""
+    """A checkpoint of a run and the split to evaluate it on; `variables` are replicated."""
 
     restored: Restored
     split: str
@@ -34,7 +34,7 @@ class _Opened:
     variables: dict[str, Any]
 
     def build(self, model: nn.Module | Choosable) -> Callable[[dict[str, Any]], Evaluation]:
-        """Returns what evaluates a network: the checkpoint's variables are added to those given."""
+        """Returns what evaluates a network on given variables beside the checkpoint's."""
         evaluate = build_evaluate(model, self.devices, self.batches, len(self.classes))
         return lambda variables: evaluate({**self.variables, **self.devices.replicate(variables)})
 
@@ -165,7 +165,7 @@ def evaluate_interventions(
 
 
 def _images(config: ConfigDict) -> jax.ShapeDtypeStruct:
-    """Returns the shape of images of which there are several, as interventions need them."""
+    """Returns the shape of several images, as interventions need them."""
     return jax.ShapeDtypeStruct((2, *config.data.image_shape), np.float32)
 
 
