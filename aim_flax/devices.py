@@ -110,7 +110,7 @@ class Devices:
         return jax.tree.map(lambda x: self._unstack(np.array(x.addressable_data(0))), tree)
 
     def local(self, tree: Any) -> Any:
-        """Returns the value as it lies on this host's first device, for a function of one."""
+        """Returns the value on this host's first device, for a function of one device."""
         return jax.tree.map(lambda x: self._unstack(x.addressable_data(0)), tree)
 
     def _unstack(self, part: Any) -> Any:

@@ -3,9 +3,8 @@
 import numpy as np
 
 from aim_flax.data.in_memory import InMemory, Split
+from aim_flax.data.records import SEED
 
-# The splits never depend on a run's seed, so that runs can be compared.
-_SPLIT_SEED = 0
 _TEST_SIZE, _VAL_SIZE = 360, 180
 
 
@@ -21,7 +20,7 @@ def load_digits() -> InMemory:
 
     digits = load()
     labels = digits.target.astype(np.int32)
-    stratify = dict(random_state=_SPLIT_SEED, shuffle=True)
+    stratify = dict(random_state=SEED, shuffle=True)
     rest, test = train_test_split(
         np.arange(len(labels)), test_size=_TEST_SIZE, stratify=labels, **stratify
     )

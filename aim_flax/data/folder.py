@@ -15,9 +15,6 @@ SPLITS = ("train", "val", "test")
 # The split that `survey` returns if there are only class folders.
 UNSPLIT = "all"
 
-# The choice of images to hold out never depends on a run's seed, so that runs can be compared.
-_SPLIT_SEED = 0
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderRecords:
@@ -147,13 +144,13 @@ def split(dataset: EncodedDataset, val_fraction: float, test_fraction: float) ->
                 f"test_fraction is 0, expected more: {splits[UNSPLIT].directory} has no folder test"
             )
         everything = splits[UNSPLIT]
-        rest, test = hold_out(everything.labels, test_fraction, _SPLIT_SEED)
+        rest, test = hold_out(everything.labels, test_fraction)
         splits = {"train": Subset(everything, rest), "test": Subset(everything, test)}
         _check_not_empty(splits["test"], "test_fraction", test_fraction)
     else:
         everything, rest = splits["train"], np.arange(len(splits["train"]))
     if "val" not in splits and val_fraction:
-        train, val = hold_out(everything.labels[rest], val_fraction, _SPLIT_SEED)
+        train, val = hold_out(everything.labels[rest], val_fraction)
         splits["train"] = Subset(everything, rest[train])
         splits["val"] = Subset(everything, rest[val])
         _check_not_empty(splits["val"], "val_fraction", val_fraction)

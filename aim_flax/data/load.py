@@ -16,16 +16,13 @@ from ml_collections import ConfigDict
 from aim_flax.data.dataset import Dataset
 from aim_flax.data.digits import load_digits
 from aim_flax.data.in_memory import InMemory, Split
-from aim_flax.data.records import EncodedDataset, Subset
+from aim_flax.data.records import SEED, EncodedDataset, Subset
 from aim_flax.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from aim_flax.data.streamed import Streamed
 
 _TFDS = "tfds:"
-# The training images of a subset, and the order of the others, never depend on a run's seed, so
-# that runs can be compared.
-_SEED = 0
 
 
 def load_dataset(config: ConfigDict) -> Dataset:
@@ -120,7 +117,7 @@ def _subset(dataset: EncodedDataset, train_images: int | None) -> EncodedDataset
         raise UsageError(
             f"data.train_images is {train_images}, expected 1 to {available}, or None for all"
         )
-    chosen = np.random.default_rng(_SEED).permutation(available)[:train_images]
+    chosen = np.random.default_rng(SEED).permutation(available)[:train_images]
     train = Subset(dataset.splits["train"], np.sort(chosen))
     return EncodedDataset(dataset.classes, {**dataset.splits, "train": train})
 
@@ -134,7 +131,7 @@ def _mixed(dataset: EncodedDataset) -> EncodedDataset:
     splits = dict(dataset.splits)
     for name, records in splits.items():
         if name != "train":
-            order = np.random.default_rng(_SEED).permutation(len(records))
+            order = np.random.default_rng(SEED).permutation(len(records))
             splits[name] = Subset(records, order)
     return EncodedDataset(dataset.classes, splits)
 

@@ -6,6 +6,10 @@ from typing import Protocol
 
 import numpy as np
 
+# Which examples are in which split, and in which order, never depends on a run's seed, so that runs
+# can be compared.
+SEED = 0
+
 
 class Records(Protocol):
     """A split of encoded images with random access; its methods may be called from threads."""
@@ -54,13 +58,15 @@ class EncodedDataset:
     splits: Mapping[str, Records]
 
 
-def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    labels: np.ndarray, fraction: float, seed: int = SEED
+) -> tuple[np.ndarray, np.ndarray]:
     """Splits examples in two, with the same fraction of each class.
 
     Args:
       labels: (N,) int; all equal if the classes aren't known.
       fraction: of each class that is held out, rounded; a class keeps at least one example.
-      seed: of the choice; the dataset's own, never a run's, so that runs can be compared.
+      seed: of the choice.
 
     Returns:
       The indices to keep and the indices to hold out, each sorted.

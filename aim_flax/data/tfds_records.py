@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 # The format with random access; TFDS's default, tfrecord, has none.
 FILE_FORMAT = "array_record"
-
-# The choice of examples to hold out never depends on a run's seed, so that runs can be compared.
-_SPLIT_SEED = 0
 _VALIDATION = ("validation", "val")
 # The features by which a person finds an example, the best first.
 _NAMES = ("image/filename", "file_name", "filename", "image/id", "image_id", "id")
@@ -141,7 +138,7 @@ def read_tfds(name: str, data_dir: str | None, val_fraction: float) -> EncodedDa
         splits["val"] = split(validation)
     elif val_fraction:
         train = splits["train"]
-        kept, held = hold_out(np.zeros(len(train), np.int8), val_fraction, _SPLIT_SEED)
+        kept, held = hold_out(np.zeros(len(train), np.int8), val_fraction)
         if not len(held):
             raise UsageError(
                 f"a fraction of {val_fraction} of {name}'s {len(train)} training examples is none"

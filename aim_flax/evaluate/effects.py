@@ -37,7 +37,7 @@ class Effect:
       kind: of the intervention, see `interventions.intervene`.
       layer: the one read, or place with an update, that is altered; None: all that `at` matches.
       accuracy, loss: of the altered network.
-      difference: its accuracy less that of `keep`.
+      difference: its accuracy minus that of `keep`.
       worse, better: how many images only `keep`, or only the altered network, predicts correctly.
       p: of McNemar's exact test, two-sided; None for `keep`.
       p_holm: p corrected for the number of effects, see `statistics.holm`.
@@ -132,7 +132,7 @@ def plan(model: AiM, images: jax.ShapeDtypeStruct, at: str = ".*", per_layer: bo
 
     def step(kind: str, layer: str | None, paths: list[str]) -> Step:
         if kind == "no_write" and paths == all_updates and not carried:
-            # The same, without a program of its own.
+            # The same result, without a program of its own.
             return Step(kind, layer, "reset", frozenset(varied))
         return Step(kind, layer, kind, frozenset(paths))
 
@@ -150,8 +150,8 @@ def measure(
     Interventions on reads share one compiled program; stopping some of the updates takes one each.
 
     Args:
-      build: takes an altered network, or a `Choosable`, and returns what evaluates it on the split,
-        given variables beside its own.
+      build: takes an altered network, or a `Choosable`, and returns a function that evaluates it
+        on the split, with its own variables and those given.
     """
     evaluate_reads = build(plan.choosable)
 

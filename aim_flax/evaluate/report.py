@@ -41,7 +41,7 @@ def plot_confusion(path: Path, evaluation: Evaluation, classes: Sequence[str], t
 def per_class(evaluation: Evaluation, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Returns, for each class, its number of examples, recall, precision and F1 score.
 
-    A ratio without any example in its denominator is None.
+    A ratio whose denominator is 0 is None.
     """
     rows = []
     correct = np.diag(evaluation.confusion)

@@ -11,7 +11,7 @@ from aim_flax.study.results import SPLITS, UNFINISHED, Row, accuracies_by_arm, i
 def arm_table(rows: Sequence[Row], reference: str | None = None, split: str = "test") -> str:
     """Returns a Markdown table, a row per arm in the order of first appearance.
 
-    Below it stands which runs have no result: all numbers are of finished ones.
+    Below it are the runs without a result: all numbers are of finished runs.
 
     Args:
       rows: runs, with at least `arm`, `seed`, `status` (of a finished run it may be left out),
