@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from aim_flax import config as configs
+from aim_flax.data import dataset
+from aim_flax.data.digits import load_digits
 from aim_flax.data.load import decode_if_small, load_dataset, open_dataset
 from aim_flax.data.records import EncodedDataset
 from aim_flax.data.streamed import Streamed
@@ -335,3 +338,15 @@ def test_images_are_decoded_up_to_the_limit(photographs):
     for megabytes, kind in ((17_856 / 2**20, "InMemory"), (17_855 / 2**20, "Streamed")):
         config = folder(photographs, f"data.in_memory_mb={megabytes}")
         assert type(decode_if_small(open_dataset(config), config)).__name__ == kind
+
+
+def test_datasets_and_their_batches_satisfy_the_protocols():
+    devices = Devices("pmap", 1)
+    for data in (load_digits(), streamed()):
+        train = data.train_batches(devices, 4, 16.0, None)
+        evaluation = data.eval_batches(devices, "test", 4, 16.0)
+        with closing(train.feed(0, 0, 1)) as feed:
+            assert isinstance(feed, dataset.Feed)
+        assert isinstance(data, dataset.Dataset)
+        assert isinstance(train, dataset.TrainBatches)
+        assert isinstance(evaluation, dataset.EvalBatches)
