@@ -273,7 +273,7 @@ def test_effects_are_written_and_shown(run, measured):
         rows = list(csv.DictReader(file))
     assert [float(row["accuracy"]) for row in rows] == [row.accuracy for row in measured.rows]
     assert (workdir / "interventions_test.png").read_bytes().startswith(b"\x89PNG")
-    lines = effects.table(measured).splitlines()
+    lines = report.effects_table(measured).splitlines()
     assert len({line.count("|") for line in lines[: 2 + len(rows)]}) == 1
     row = measured.rows[-2]
     assert lines[len(rows)].startswith(
@@ -328,7 +328,7 @@ def test_one_program_chooses_among_all_that_can_be_read(carrying):
 
 def test_carried_memories_are_reset_and_silenced_apart(carrying):
     aim, build = carrying
-    measured = effects.measure(aim, IMAGES, build)
+    measured = effects.measure(effects.plan(aim, IMAGES), build)
     kinds = [row.kind for row in measured.rows]
     assert kinds == ["keep", "zero", "mean", "shuffle", "noise", "no_write", "reset"]
     assert measured.notes == [
@@ -344,7 +344,7 @@ def test_carried_memories_are_reset_and_silenced_apart(carrying):
 def test_a_pattern_limits_what_is_altered(carrying):
     aim, build = carrying
     assert matching(aim, "layer[13].*", IMAGES) == (["layer1/dense", "layer3/dense"], ["layer1"])
-    measured = effects.measure(aim, IMAGES, build, "layer2")
+    measured = effects.measure(effects.plan(aim, IMAGES, "layer2"), build)
     assert [row.kind for row in measured.rows] == ["keep", "no_write"]
     expected = build(intervene(aim, "no_write", "layer2"))({})
     assert measured.rows[1].loss == pytest.approx(expected.loss)

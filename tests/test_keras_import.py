@@ -16,7 +16,7 @@ from aim_flax.errors import UsageError
 from aim_flax.models.keras_weights import read_keras_hdf5, split_reads, variables_from_keras
 from aim_flax.models.resnet import ResNet
 from aim_flax.train.restore import restore_run
-from tests.published import GOLDEN, published
+from tests.published import GOLDEN, published, shapes
 from tests.published import keras_weights as drawn_weights
 
 
@@ -54,14 +54,14 @@ def test_variables_are_those_of_the_latched_network(classes, memory_shape, size)
     expected = shapes_of(published(classes, memory_shape), size)
     total, areas = math.prod(memory_shape), [(size // 2 ** (1 + s)) ** 2 for s in range(4)]
     channels = [max(1, -(-total // area)) for area in areas]
-    variables = variables_from_keras(keras_weights(classes, memory_shape[-1], channels))
+    variables = variables_from_keras(keras_weights(classes, memory_shape[-1], channels), expected)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, expected)
 
 
 def test_dtypes_and_numbers_are_kept():
     weights = keras_weights()
     weights["bn3a_branch2b"]["moving_variance"] = np.arange(128, dtype=np.float16)
-    variables = variables_from_keras(weights)
+    variables = variables_from_keras(weights, shapes())
     var = variables["batch_stats"]["stage2_block1"]["norm2"]["var"]
     assert var.dtype == np.float16
     np.testing.assert_array_equal(var, np.arange(128))
@@ -111,7 +111,7 @@ def no_memory(weights):
             "the Keras weights lack mem_global/kernel, of shape (1, 1, 32, 32)"
             " (did you mean 'mem_globl/kernel'?)",
         ),
-        (no_memory, "the Keras weights lack mem_init/kernel, of shape (1, 1, D, D)"),
+        (no_memory, "the Keras weights lack mem_init/kernel, of shape (1, 1, 32, 32)"),
         (everything, "the Keras weights lack conv1/kernel, of shape (7, 7, 3, 64)"),
         (
             with_shape("conv2", "kernel", 1),
@@ -141,31 +141,43 @@ def no_memory(weights):
             with_shape("fc1000", "kernel", 2048),
             "the Keras weight fc1000/kernel has shape (2048,), expected (2048, 10)",
         ),
+        (
+            with_shape("fc1000", "bias", 11),
+            "the Keras weight fc1000/bias has shape (11,), expected (10,)",
+        ),
+        (
+            with_shape("res5b_branch2a", "kernel", 1, 1, 2048, 512),
+            "the Keras weight res5b_branch2a/kernel has shape (1, 1, 2048, 512),"
+            " expected (1, 1, 2080, 512)",
+        ),
     ],
 )
 def test_mistakes_are_named(change, message):
     weights = keras_weights()
     change(weights)
     with pytest.raises(UsageError) as error:
-        variables_from_keras(weights)
+        variables_from_keras(weights, shapes())
     assert str(error.value) == message
 
 
-def test_reads_without_memory_are_refused():
-    weights = keras_weights()
-    for block, inputs in ("5b", 2048), ("5c", 2048):
-        with_shape(f"res{block}_branch2a", "kernel", 1, 1, inputs, 512)(weights)
+@pytest.mark.parametrize(
+    ("net", "variable"),
+    [
+        (published(10, (7, 7, 32), "add"), "params/stage1_block1/conv1/memory_read/kernel"),
+        (ResNet(10, stem_stride=1), "batch_stats/stage1_block1/memory_update/norm1/mean"),
+    ],
+)
+def test_another_network_than_the_published_one_is_refused(net, variable):
     with pytest.raises(UsageError) as error:
-        variables_from_keras(weights)
+        variables_from_keras(keras_weights(), shapes_of(net, 112))
     assert str(error.value) == (
-        "the Keras weight res5b_branch2a/kernel has shape (1, 1, 2048, 512),"
-        " expected (1, 1, 2048 + memory, 512)"
+        f"the network is not the published one: only one of them has the variable {variable}"
     )
 
 
 def test_split_reads_gives_the_variables_of_the_add_form():
     plain = shapes_of(ResNet(10, stem_stride=1), 112)["params"]
-    ours = split_reads(variables_from_keras(keras_weights()), plain)
+    ours = split_reads(variables_from_keras(keras_weights(), shapes()), plain)
     expected = shapes_of(published(10, (7, 7, 32), "add"), 112)
     assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, expected)
 
@@ -316,7 +328,7 @@ def test_imported_weights_are_a_run_that_can_be_restored(tmp_path, capsys, publi
     restored = restore_run(workdir, "best")
     assert restored.step == 0
     assert restored.config.model.num_classes == 10
-    expected = variables_from_keras(drawn_weights())
+    expected = variables_from_keras(drawn_weights(), shapes())
     jax.tree.map(np.testing.assert_array_equal, restored.variables, expected)
     assert restored.config.memory.shape == [7, 7, 32]
     with pytest.raises(SystemExit) as exit_:
@@ -330,6 +342,18 @@ def test_weights_of_another_image_size_are_told(tmp_path, capsys, published_hdf5
         main([str(published_hdf5), "--workdir", str(tmp_path / "run"), *SMALL[:2]])
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "kernel is (" in line
+    assert "res3b_branch2a/kernel has shape (1, 1, 514, 128), expected (1, 1, 513, 128)" in line
     assert "set --config.data.image_shape or --config.memory.shape" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [without("fc1000", "bias"), no_memory])
+def test_weights_that_do_not_show_their_sizes_are_told(tmp_path, capsys, change):
+    weights = {layer: dict(roles) for layer, roles in drawn_weights().items()}
+    change(weights)
+    write_hdf5(tmp_path / "weights.h5", weights=weights)
+    with pytest.raises(SystemExit) as exit_:
+        main([str(tmp_path / "weights.h5"), "--workdir", str(tmp_path / "run"), *SMALL])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the Keras weights lack " in line

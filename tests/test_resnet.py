@@ -16,7 +16,14 @@ from aim_flax.models.keras_weights import split_reads, variables_from_keras
 from aim_flax.models.pointwise import pointwise_einsum
 from aim_flax.models.resnet import ResNet
 from tests.one_batch import loss_and_grads, photographs, train
-from tests.published import GOLDEN, images_and_labels, keras_names, keras_weights, published
+from tests.published import (
+    GOLDEN,
+    images_and_labels,
+    keras_names,
+    keras_weights,
+    published,
+    shapes,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -147,7 +154,7 @@ def relative(ours, golden):
 def golden_run(read_mode, dtype):
     """Network, variables and images of the published numbers, in `dtype`."""
     net = published(GOLDEN["classes"], tuple(GOLDEN["memory_shape"]), read_mode, dtype)
-    variables = variables_from_keras(keras_weights())
+    variables = variables_from_keras(keras_weights(), shapes())
     if read_mode == "add":
         variables = split_reads(variables, shapes_of(net.backbone, 112)["params"])
     images, labels = images_and_labels()

@@ -1,6 +1,7 @@
 """Images that stream through the host: the same batches however they are loaded."""
 
 import csv
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from aim_flax import config as configs
-from aim_flax.data.load import load_dataset, open_dataset, prepare
-from aim_flax.data.reading import Reader
+from aim_flax.data import dataset
+from aim_flax.data.digits import load_digits
+from aim_flax.data.load import decode_if_small, load_dataset, open_dataset
 from aim_flax.data.records import EncodedDataset
 from aim_flax.data.streamed import Streamed
 from aim_flax.devices import Devices
@@ -31,7 +33,7 @@ KINDS = ("pmap", "shard_map")
 def streamed(splits=None, threads: int = 2, on_error: str = "stop", classes: int = 3) -> Streamed:
     splits = splits or {"train": Photos(21), "test": Photos(13, seed=100)}
     names = tuple("abcdef"[:classes])
-    return Streamed(Reader(EncodedDataset(names, splits), SHAPE, on_error=on_error), threads)
+    return Streamed(EncodedDataset(names, splits), SHAPE, threads, on_error=on_error)
 
 
 def small(directory: Path) -> tuple[str, ...]:
@@ -130,8 +132,8 @@ def test_evaluation_counts_each_image_once(kind, batch_size, count):
     assert not left_out.any()
     photos = Photos(13, seed=100)
     np.testing.assert_array_equal(labels[counted], photos.labels)
-    reader = Reader(EncodedDataset(("a", "b", "c"), {"test": photos}), SHAPE)
-    expected = np.stack([reader.read("test", i)[0] for i in range(13)])
+    dataset = Streamed(EncodedDataset(("a", "b", "c"), {"test": photos}), SHAPE, threads=1)
+    expected = np.stack([dataset.read_one("test", i)[0] for i in range(13)])
     np.testing.assert_array_equal(images[counted], expected)
 
 
@@ -323,8 +325,20 @@ def test_evaluation_batches_mix_the_classes(photographs):
     assert sorted(set(first.labels[:7])) == [0, 1, 2]
 
 
-def test_prepare_decodes_up_to_the_limit(photographs):
+def test_images_are_decoded_up_to_the_limit(photographs):
     """93 images of 192 bytes: 17,856 bytes."""
     for megabytes, kind in ((17_856 / 2**20, "InMemory"), (17_855 / 2**20, "Streamed")):
         config = folder(photographs, f"data.in_memory_mb={megabytes}")
-        assert type(prepare(open_dataset(config), config)).__name__ == kind
+        assert type(decode_if_small(open_dataset(config), config)).__name__ == kind
+
+
+def test_datasets_and_their_batches_satisfy_the_protocols():
+    devices = Devices("pmap", 1)
+    for data in (load_digits(), streamed()):
+        train = data.train_batches(devices, 4, 16.0, None)
+        evaluation = data.eval_batches(devices, "test", 4, 16.0)
+        with closing(train.feed(0, 0, 1)) as feed:
+            assert isinstance(feed, dataset.Feed)
+        assert isinstance(data, dataset.Dataset)
+        assert isinstance(train, dataset.TrainBatches)
+        assert isinstance(evaluation, dataset.EvalBatches)

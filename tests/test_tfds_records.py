@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import ExifTags, Image
 
 from aim_flax.data.images import load
-from aim_flax.data.reading import Reader
+from aim_flax.data.streamed import Streamed
 from aim_flax.data.tfds_records import read_tfds
 from aim_flax.errors import DataError, UsageError
 
@@ -108,7 +108,7 @@ def test_pixels_are_exact_and_upright(photos):
     records = dataset.splits["train"]
     order = {records.name(i).rpartition(" ")[2]: i for i in range(len(records))}
     rgb = splits["train"][1]
-    pixels, label = Reader(dataset, (7, 8, 3)).read("train", order["(12-1.png)"])
+    pixels, label = Streamed(dataset, (7, 8, 3), threads=1).read_one("train", order["(12-1.png)"])
     np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(rgb["image"]))))
     assert label == rgb["label"]
     # Stored: black above white. Turned by 90 degrees clockwise: black on the right.
@@ -265,9 +265,9 @@ def test_a_label_that_is_no_class_names_its_record(tmp_path):
     # As TFDS stores what has no label.
     unlabelled = photographs(3)[0] | {"label": -1}
     folder = write(tmp_path, PHOTO, {"train": photographs(3), "test": [unlabelled]})
-    reader = Reader(read_tfds("photos", folder, 0), (8, 8, 3))
+    dataset = Streamed(read_tfds("photos", folder, 0), (8, 8, 3), threads=1)
     with pytest.raises(DataError) as error:
-        reader.read("test", 0)
+        dataset.read_one("test", 0)
     assert str(error.value) == ("photos test, record 0 (3-0.png) has the label -1, expected 0 to 2")
 
 
@@ -275,9 +275,9 @@ def test_a_file_cut_short_is_told_by_record(tmp_path):
     folder = write(tmp_path, PHOTO, {"train": photographs(3), "test": photographs(3)})
     (shard,) = (tmp_path / "photos" / "1.0.0").glob("*test*")
     shard.write_bytes(shard.read_bytes()[:65536])
-    reader = Reader(read_tfds("photos", folder, 0), (8, 8, 3))
+    dataset = Streamed(read_tfds("photos", folder, 0), (8, 8, 3), threads=1)
     with pytest.raises(DataError, match="photos test, record 1 can't be read: "):
-        reader.read("test", 1)
+        dataset.read_one("test", 1)
 
 
 def test_reading_needs_no_tensorflow_and_is_silent(photos):

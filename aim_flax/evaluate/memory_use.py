@@ -12,14 +12,14 @@ def memory_use(model: nn.Module, variables: Any, images: jax.Array) -> dict[str,
     """Returns how much of each layer's output the memory makes up, on these images.
 
     Returns:
-      {"read LAYER": {"share": ..., "own": ...}}, L2 norms per example of the memory's share and
-      of the layer's own output, averaged over the batch; {"update BLOCK": ...} with the norms of
-      the change and of the memory before it. A layer that is called several times is averaged.
+      {"read LAYER": {"share": ..., "own": ...}}: L2 norms per example of the memory's share and
+      of the layer's own output, averaged over the batch; and {"update BLOCK": ...}, the norms of
+      the change and of the memory before it. Layers that are called several times are averaged.
       Empty for a plain network.
     """
     _, recorded = model.apply(variables, images, train=False, mutable=["intermediates"])
     kinds = {"memory_use": "read", "memory_update_use": "update"}
-    # In the order of the calls; of a plain dict, jax.jit would return the keys sorted.
+    # In the order of the calls: jax.jit would sort the keys of a plain dict.
     uses = OrderedDict()
     for path, calls in flatten_dict(recorded.get("intermediates", {})).items():
         if path[-1] in kinds:

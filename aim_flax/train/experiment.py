@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from aim_flax.config import flatten
 from aim_flax.data.augment import check_options
-from aim_flax.data.in_memory import InMemory
-from aim_flax.data.load import open_dataset, prepare, with_classes
+from aim_flax.data.dataset import Dataset, EvalBatches
+from aim_flax.data.load import decode_if_small, open_dataset, with_classes
 from aim_flax.data.order import steps_per_epoch
 from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import UsageError, check_choice
@@ -40,7 +40,7 @@ class Experiment:
         self,
         config: ConfigDict,
         device_count: int | None = None,
-        dataset: InMemory | None = None,
+        dataset: Dataset | None = None,
     ):
         """Builds the parts; nothing is compiled, written or put on a device yet.
 
@@ -69,7 +69,7 @@ class Experiment:
         self.model = build_model(config, axis_name=AXIS)
         # Finds a memory that doesn't fit the network before images are read, or files written.
         self.abstract_state = abstract_state(config, self.model)
-        self.dataset = prepare(dataset, config)
+        self.dataset = decode_if_small(dataset, config)
         examples = self.dataset.sizes["train"]
         if batch_size > examples:
             raise UsageError(
@@ -169,7 +169,7 @@ class Experiment:
 
         return self.program(("evaluate", split, together), build)
 
-    def eval_batches(self, split: str) -> Any:
+    def eval_batches(self, split: str) -> EvalBatches:
         """Returns the batches of a split, in its order."""
         return self.dataset.eval_batches(
             self.devices, split, self.config.eval.batch_size, self.config.data.scale

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 
 from aim_flax.console import Part
-from aim_flax.data.in_memory import InMemory
 from aim_flax.errors import UsageError
 from aim_flax.files import read_json, write_json
 from aim_flax.train.experiment import Experiment
@@ -28,7 +27,7 @@ def check_together(experiment: Experiment) -> None:
     """Raises UsageError if seeds of this experiment can only be trained one by one."""
     if experiment.config.train.stop_patience is not None:
         raise UsageError("train.stop_patience is set, and seeds that stop early are trained alone")
-    if not isinstance(experiment.dataset, InMemory):
+    if experiment.train_batches.seed_axes is None:
         raise UsageError("its images are streamed, and each seed takes them in another order")
     if jax.process_count() > 1:
         raise UsageError("there are several processes, which train one seed at a time")
