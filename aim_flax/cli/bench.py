@@ -112,3 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"training: {rate:,.0f} images/s, {waiting:.1%} of its time waiting for data")
 
     run_reporting_errors(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -80,3 +80,7 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"wrote {args.sheet}")
     if problems or unreadable or across or torn:
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

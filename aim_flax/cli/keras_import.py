@@ -98,3 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.workdir}: weights of {args.weights}, {config.model.num_classes} classes")
 
     run_reporting_errors(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -132,3 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _one_line(message: Any) -> str:
     return re.sub(r"\s+", " ", str(message)).strip()
+
+
+if __name__ == "__main__":
+    main()

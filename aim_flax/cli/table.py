@@ -33,3 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(arm_table(rows, args.reference, args.on))
 
     run_reporting_errors(work)
+
+
+if __name__ == "__main__":
+    main()
