@@ -13,7 +13,7 @@ from aim_flax import config as configs
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.optimizer import build_optimizer
 from aim_flax.train.step import create_state, train_step
-from tests.test_training import digits
+from tests.runs import digits
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 

@@ -1,15 +1,16 @@
 """Checkpoints: what is kept, and what happens to damaged ones."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aim_flax.errors import UsageError
 from aim_flax.train import loop, restore
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.step import TrainState, variables_of
-from tests.test_training import assert_same_end, digits
+from tests.asserts import refused
+from tests.runs import assert_same_end, digits
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
@@ -47,7 +48,7 @@ def test_latest_two_are_kept_and_the_best_in_each(tmp_path):
     for which, step in (("best", 2), ("latest", 5), (4, 4), ("2", 2)):
         variables, found_step = checkpoints.variables(which, state(0))
         assert value_of(variables) == found_step == step
-    with pytest.raises(UsageError, match="no checkpoint of step 3 in .*; there: 2, 4, 5$"):
+    with refused("no checkpoint of step 3 in .*; there: 2, 4, 5$"):
         checkpoints.variables(3, state(0))
     checkpoints.close()
 
@@ -77,11 +78,11 @@ def test_a_best_network_alone_is_no_state_to_go_on_from(tmp_path):
 def test_empty_directory_has_nothing_to_restore(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest(state(0)) == (None, [])
-    with pytest.raises(UsageError, match="no best checkpoint in .* yet: nothing was saved"):
+    with refused("no best checkpoint in .* yet: nothing was saved"):
         checkpoints.variables("best", state(0))
     checkpoints.save(1, progress(1, None), state(1))
     checkpoints.wait()
-    with pytest.raises(UsageError, match="no best checkpoint in .* yet: no epoch was finished"):
+    with refused("no best checkpoint in .* yet: no epoch was finished"):
         checkpoints.variables("best", state(0))
     checkpoints.close()
 
@@ -90,12 +91,9 @@ def test_empty_directory_has_nothing_to_restore(tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_any_file_cut_short_is_noticed_or_makes_no_difference(tmp_path, capfd):
     save(tmp_path / "good", [1, 1]).close()
-    files = [p.relative_to(tmp_path / "good") for p in (tmp_path / "good" / "2").rglob("*")]
     fallen_back = 0
-    for file in files:
-        original = tmp_path / "good" / file
-        if not original.is_file():
-            continue
+    for original in filter(Path.is_file, (tmp_path / "good" / "2").rglob("*")):
+        file = original.relative_to(tmp_path / "good")
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
         shutil.copytree(tmp_path / "good", tmp_path / "bad")
         content = original.read_bytes()
@@ -121,9 +119,8 @@ def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys):
     shutil.copytree(whole, damaged)
     (damaged / "summary.json").unlink()
     latest = damaged / "checkpoints" / "57"
-    for file in latest.rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for file in filter(Path.is_file, latest.rglob("*")):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert restore.restore_run(damaged, "latest").step == 38
     loop.run(config, damaged, 1, quiet=True)
     output = capsys.readouterr().out
@@ -135,12 +132,11 @@ def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys):
 
 def test_all_damaged_is_an_error_and_nothing_is_deleted(tmp_path):
     save(tmp_path, [1, 2]).close()
-    for file in tmp_path.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        file.write_bytes(b"")
     names = sorted(p.name for p in tmp_path.rglob("*"))
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(UsageError, match="step 2 cannot be read.*step 1 cannot be read"):
+    with refused("step 2 cannot be read.*step 1 cannot be read"):
         checkpoints.latest(state(0))
     checkpoints.close()
     assert sorted(p.name for p in tmp_path.rglob("*")) == names

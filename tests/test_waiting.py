@@ -9,7 +9,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from aim_flax.data import in_memory
 from aim_flax.train import loop
-from tests.test_training import digits
+from tests.runs import digits
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
@@ -24,7 +24,9 @@ def scalars(workdir, tag):
         # A record is its size in 8 bytes, 4 of checksum, itself, 4 of checksum.
         (size,) = struct.unpack_from("<Q", data, at)
         event = Event.FromString(data[at + 12 : at + 12 + size])
-        found |= {event.step: v.simple_value for v in event.summary.value if v.tag == tag}
+        for value in event.summary.value:
+            if value.tag == tag:
+                found[event.step] = value.simple_value
         at += size + 16
     return found
 

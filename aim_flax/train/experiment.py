@@ -128,7 +128,7 @@ class Experiment:
         """
 
         def build() -> Callable:
-            steps = self._steps_on_device(length)
+            steps = self.steps_on_device(length)
             if together:
                 steps = jax.vmap(steps, in_axes=(0, self.train_batches.seed_axes, 0))
             sharded = (1,) if self.train_batches.sharded else ()
@@ -136,7 +136,7 @@ class Experiment:
 
         return self.program(("train", length, together), build)
 
-    def _steps_on_device(self, length: int) -> Callable:
+    def steps_on_device(self, length: int) -> Callable:
         """Returns what one device computes of `train_call`."""
 
         def on_device(state, data, seed):
