@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from aim_flax.console import Reporter
+from aim_flax.console import Part, Reporter
 
 
 @pytest.fixture
@@ -64,6 +64,33 @@ def test_quiet_prints_only_what_is_said(clock, capsys):
 def test_labels_come_first(clock, capsys):
     Reporter(100, 0).advance(7, {"loss": 2.0}, "control seed 3")
     assert capsys.readouterr().out == "step 7/100: control seed 3 loss 2.0000\n"
+
+
+def test_time_left_follows_from_what_this_process_did(clock, capsys):
+    """Neither steps of an earlier process nor work that is left out make it look quicker."""
+    with Reporter(100, 0, seconds=0) as reporter:
+        starts = [("a", 0, 2), ("b", 40, 1), ("c", 70, 1), ("d", 90, 1)]
+        parts = {label: Part(reporter, label, start, runs, []) for label, start, runs in starts}
+        for now, label, step, trained in (
+            (50, "a", 10, True),
+            (60, "a", 20, True),
+            (60, "b", 20, False),
+            (65, "b", 30, True),
+            (65, "c", 20, False),
+            (65, "d", 10, False),
+        ):
+            clock[0] = now
+            if not trained:
+                parts[label].begin(step)
+            parts[label].advance(step, {})
+    assert capsys.readouterr().out.splitlines() == [
+        "step 20/100: a",
+        "step 40/100: a, 30 s left",
+        "step 60/100: b, 20 s left",
+        "step 70/100: b, 15 s left",
+        "step 90/100: c, 5 s left",
+        "step 100/100: d, 0 s left",
+    ]
 
 
 @pytest.mark.parametrize("quiet", [False, True])

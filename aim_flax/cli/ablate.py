@@ -1,6 +1,7 @@
 """The command line of ablate.py."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -43,12 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seeds-per-program",
         type=_seeds_per_program,
         metavar="N|auto",
-        help="train so many seeds of an arm at once; default: auto, all where that is quicker",
+        help="how many seeds of an arm to train at once; default: auto, all where that is quicker",
     )
     parser.add_argument("--devices", type=int, help="how many to use; default: all")
     parser.add_argument(
         "--report-only", action="store_true", help="only write the report of --workdir anew"
     )
+    argv = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "ablate.py", *argv])
     args, assignments = parse_with_overrides(parser, argv)
     if args.report_only and not args.workdir:
         parser.error("--report-only needs the --workdir of a study")
@@ -57,25 +60,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def work() -> None:
         from aim_flax import devices
-        from aim_flax.study import study
+        from aim_flax.study.plan import plan
+        from aim_flax.study.run import run, write_report
 
         if args.report_only:
-            study.write_report(args.workdir, args.reference)
+            write_report(args.workdir, args.reference, command=command)
             return
         if warning := devices.warning():
             print(warning, file=sys.stderr)
-        study.run(
+        study = plan(
             args.config,
-            args.workdir,
             [name.strip() for name in args.arms.split(",")] if args.arms else [],
             args.seeds,
             args.arm,
             assignments,
             args.derive_from,
             args.reference,
-            args.seeds_per_program,
-            args.devices,
+            command,
         )
+        run(study, args.workdir, args.seeds_per_program, args.devices)
 
     run_reporting_errors(work)
 
