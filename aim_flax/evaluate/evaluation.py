@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,8 @@ import optax
 from flax import linen as nn
 from scipy.stats import binomtest
 
+from aim_flax.data.dataset import EvalBatches
 from aim_flax.devices import AXIS, Devices
-
-if TYPE_CHECKING:
-    from aim_flax.data import in_memory, streamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Evaluation:
 def build_evaluate(
     model: nn.Module,
     devices: Devices,
-    batches: "in_memory.EvalBatches | streamed.EvalBatches",
+    batches: EvalBatches,
     num_classes: int,
     together: bool = False,
 ) -> Callable[[Any], Any]:

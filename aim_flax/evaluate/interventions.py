@@ -7,6 +7,7 @@ evidence; the norms that a read records are only a correlation.
 
 import dataclasses
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -161,16 +162,14 @@ class Choosable:
         own = {name: value for name, value in variables.items() if name != "interventions"}
 
         def alter(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
-            def branch(alteration):
-                def altered(m, weights):
-                    found = alteration(m, weights, batch_size, path)
-                    # All branches must have one shape; noise has a row for each example.
-                    return jnp.broadcast_to(found, (batch_size, *m.shape[1:]))
-
-                return altered
+            def altered(alteration, m, weights):
+                found = alteration(m, weights, batch_size, path)
+                # All branches must have one shape; noise has a row for each example.
+                return jnp.broadcast_to(found, (batch_size, *m.shape[1:]))
 
             index = variables["interventions"][self.reads.index(path)]
-            return jax.lax.switch(index, [branch(a) for a in _ALTERATIONS.values()], m, weights)
+            branches = [partial(altered, alteration) for alteration in _ALTERATIONS.values()]
+            return jax.lax.switch(index, branches, m, weights)
 
         return _altering(self.model, alter).apply(own, *args, **kwargs)
 

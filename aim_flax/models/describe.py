@@ -98,11 +98,6 @@ def multiply_adds(jaxpr: Jaxpr) -> int:
 
 
 def _inner(params: Mapping[str, Any]) -> list[Jaxpr]:
-    found = []
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, ClosedJaxpr):
-                found.append(item.jaxpr)
-            elif isinstance(item, Jaxpr):
-                found.append(item)
-    return found
+    leaves = jax.tree.leaves(list(params.values()))
+    inner = [leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf for leaf in leaves]
+    return [leaf for leaf in inner if isinstance(leaf, Jaxpr)]

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from aim_flax import files
 from aim_flax.config import override
+from aim_flax.data.dataset import EvalBatches
 from aim_flax.data.load import load_dataset
 from aim_flax.devices import Devices
 from aim_flax.errors import UsageError
@@ -30,7 +31,7 @@ class _Opened:
     split: str
     classes: tuple[str, ...]
     devices: Devices
-    batches: Any
+    batches: EvalBatches
     variables: dict[str, Any]
 
     def build(self, model: nn.Module | Choosable) -> Callable[[dict[str, Any]], Evaluation]:
