@@ -24,7 +24,7 @@ def scalars(workdir, tag):
         # A record is its size in 8 bytes, 4 of checksum, itself, 4 of checksum.
         (size,) = struct.unpack_from("<Q", data, at)
         event = Event.FromString(data[at + 12 : at + 12 + size])
-        found |= {event.step: v.simple_value for v in event.summary.value if v.tag == tag}
+        found.update((event.step, v.simple_value) for v in event.summary.value if v.tag == tag)
         at += size + 16
     return found
 
