@@ -24,9 +24,7 @@ def scalars(workdir, tag):
         # A record is its size in 8 bytes, 4 of checksum, itself, 4 of checksum.
         (size,) = struct.unpack_from("<Q", data, at)
         event = Event.FromString(data[at + 12 : at + 12 + size])
-        for value in event.summary.value:
-            if value.tag == tag:
-                found[event.step] = value.simple_value
+        found.update((event.step, v.simple_value) for v in event.summary.value if v.tag == tag)
         at += size + 16
     return found
 
