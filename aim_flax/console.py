@@ -1,6 +1,7 @@
-"""What a run says while it goes: a progress bar on a terminal, plain lines elsewhere."""
+"""What a run prints while it works: a progress bar on a terminal, plain lines elsewhere."""
 
 import argparse
+import dataclasses
 import logging
 import sys
 import time
@@ -15,9 +16,9 @@ from aim_flax.errors import DataError, DivergenceError, InterruptionError, Usage
 
 
 class Reporter:
-    """Reports on a run of `total` steps; with `quiet`, only what `say` is told.
+    """Reports on work of `total` steps; with `quiet`, prints only what `say` is told.
 
-    Off a terminal there are at least `seconds` between two lines.
+    Where the output is not a terminal, lines come at least `seconds` apart.
     """
 
     def __init__(self, total: int, start: int, quiet: bool = False, seconds: float = 0.5):
@@ -26,7 +27,8 @@ class Reporter:
         self._progress = None
         self.quiet = quiet
         self._last_line = -float("inf")
-        self._start, self._started = start, None
+        # Where the work is, and what of it this process has done since `_started`.
+        self._step, self._done, self._started = start, 0, None
         if self._console.is_terminal and not quiet:
             self._progress = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -58,12 +60,12 @@ class Reporter:
         else:
             print(message, flush=True)
 
-    def skip(self, steps: int) -> None:
-        """Notes steps that an earlier try has done: they tell nothing of the time left."""
-        self._start += steps
+    def skip_to(self, step: int) -> None:
+        """Goes to a step that this process did not work for, so it tells nothing of its speed."""
+        self._step = step
 
     def advance(self, step: int, metrics: dict[str, float], label: str = "") -> None:
-        """Shows the state after a step, if it's time for a line."""
+        """Goes to a step that was just done, and shows it if it is time for a line."""
         shown = [f"{name} {value:.4f}" for name, value in metrics.items()]
         description = " ".join([label, *shown] if label else shown)
         if self._progress:
@@ -71,40 +73,52 @@ class Reporter:
             return
         now = time.monotonic()
         if self._started is None:
-            # Not at the start: the first call's time is mostly compilation.
-            self._start, self._started = step, now
+            # Not before the first call, whose time is mostly compilation.
+            self._started = now
+        else:
+            self._done += step - self._step
+        self._step = step
         due = now - self._last_line >= self._seconds or step == self._total
         if self.quiet or not due:
             return
         self._last_line = now
-        done = step - self._start
         left = ""
-        if done:
-            seconds = (now - self._started) / done * (self._total - step)
+        if self._done:
+            seconds = (now - self._started) / self._done * (self._total - step)
             left = f", {seconds:.0f} s left"
         print(f"step {step}/{self._total}: {description}{left}", flush=True)
 
 
+@dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a longer work: what `training` reports to, where it trains one of many runs."""
+    """A part of longer work: one run of many, or several that are trained as one program.
 
-    def __init__(self, reporter: Reporter, label: str, before: int, runs: int, received: list[int]):
-        """`before` steps were done before it; each step of its is one of `runs` runs. A signal on
-        `received` ends the whole work."""
-        self.received = received
-        self._reporter, self._label, self._before, self._runs = reporter, label, before, runs
+    Attributes:
+      reporter: reports on the whole work, whose steps are those of all runs.
+      label: the part's name.
+      start: the step of the whole work at which the part begins.
+      runs: how many runs the part trains; a step of the part is a step of each.
+      received: the signals received so far; a signal ends the whole work.
+    """
+
+    reporter: Reporter
+    label: str
+    start: int
+    runs: int
+    received: list[int]
 
     def begin(self, step: int) -> None:
-        """Notes that an earlier try has come as far as `step`."""
-        self._reporter.skip(step * self._runs)
+        """Goes to a step of the part that this process did not work for."""
+        self.reporter.skip_to(self.start + step * self.runs)
 
     def say(self, message: str) -> None:
         """Prints a line, unless the reporter is quiet."""
-        if not self._reporter.quiet:
-            self._reporter.say(message)
+        if not self.reporter.quiet:
+            self.reporter.say(message)
 
     def advance(self, step: int, metrics: dict[str, float]) -> None:
-        self._reporter.advance(self._before + step * self._runs, metrics, self._label)
+        """Goes to a step of the part that was just done."""
+        self.reporter.advance(self.start + step * self.runs, metrics, self.label)
 
 
 def fail(message: str) -> None:
@@ -138,7 +152,7 @@ def parse_with_overrides(
 
 def run_reporting_errors(work: Callable[[], None]) -> None:
     """Calls a command's work; what a user did wrong becomes one line and an exit status."""
-    # Orbax and absl report each step of each checkpoint; what a user needs, this project says.
+    # Orbax and absl log every step of every checkpoint, which nobody needs to see.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         work()
@@ -152,7 +166,7 @@ def run_reporting_errors(work: Callable[[], None]) -> None:
         fail(str(error))
         sys.exit(128 + error.signal)
     except RuntimeError as error:
-        # How XLA says it, on all platforms.
+        # XLA's message starts like this on all platforms.
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         fail(

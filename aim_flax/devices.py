@@ -1,12 +1,11 @@
 """Maps per-device functions over the devices of a run: the only place that knows how.
 
-`pmap` and `shard_map` give equal results. State and results are replicated; of data that all
-devices hold, a mapped function takes its device's part by its index along the axis.
+`pmap` and `shard_map` give equal results. State and results are replicated. Where all devices hold
+the same data, a mapped function takes its device's part by its index along the axis.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -48,6 +47,8 @@ class Devices:
         self._devices = available[:count]
         self.count = len(self._devices)
         self._mesh = Mesh(np.array(self._devices), (AXIS,))
+        self._sharded = NamedSharding(self._mesh, PartitionSpec(AXIS))
+        self._replicated = NamedSharding(self._mesh, PartitionSpec())
 
     def map(
         self, fn: Callable, donate: Sequence[int] = (), sharded: Sequence[int] = ()
@@ -56,7 +57,7 @@ class Devices:
 
         Args:
           fn: called once per device; must return the same on each.
-          donate: positions of arguments whose memory the results may take over.
+          donate: positions of arguments whose memory the results may reuse.
           sharded: positions of arguments that `shard` made; the others are replicated.
         """
         if self.kind == "pmap":
@@ -72,15 +73,14 @@ class Devices:
 
     def replicate(self, tree: Any) -> Any:
         """Returns a copy of a tree of host arrays on every device, in the form `map` takes."""
-        stacked = self.kind == "pmap"
-        spec = PartitionSpec(AXIS) if stacked else PartitionSpec()
-        sharding = NamedSharding(self._mesh, spec)
 
         def put(x):
             x = np.asarray(x)
-            shape = (self.count, *x.shape) if stacked else x.shape
-            part = x[None] if stacked else x
-            return jax.make_array_from_callback(shape, sharding, lambda _: part)
+            # `jax.device_put` takes up to twice as long for small arrays.
+            if self.kind == "shard_map":
+                return jax.make_array_from_callback(x.shape, self._replicated, lambda _: x)
+            shape = (self.count, *x.shape)
+            return jax.make_array_from_callback(shape, self._sharded, lambda _: x[None])
 
         return jax.tree.map(put, tree)
 
@@ -95,23 +95,10 @@ class Devices:
         Args:
           tree: host arrays of this process's rows, in the order of `local_rows`.
         """
-        stacked = self.kind == "pmap"
-        sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
-        ranks = self._local_ranks()
-
-        def put(x):
-            parts = x.reshape(len(ranks), -1, *x.shape[1:])
-            local = parts.shape[1]
-            head = (self.count, local) if stacked else (self.count * local,)
-
-            def part(index):
-                first = index[0].start or 0
-                rows = parts[ranks.index(first if stacked else first // local)]
-                return rows[None] if stacked else rows
-
-            return jax.make_array_from_callback((*head, *x.shape[1:]), sharding, part)
-
-        return jax.tree.map(put, tree)
+        if self.kind == "pmap":
+            local = len(self._local_ranks())
+            tree = jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), tree)
+        return jax.make_array_from_process_local_data(self._sharded, tree)
 
     def _local_ranks(self) -> list[int]:
         process = jax.process_index()
@@ -120,27 +107,19 @@ class Devices:
     def fetch(self, tree: Any) -> Any:
         """Returns the one value that all devices hold, as numpy arrays of their own."""
         # Copies, because on CPU a view would change once the array is donated.
-        take = partial(np.array, copy=True)
-
-        def get(x):
-            part = take(x.addressable_data(0))
-            return part[0] if self.kind == "pmap" else part
-
-        return jax.tree.map(get, tree)
+        return jax.tree.map(lambda x: self._unstack(np.array(x.addressable_data(0))), tree)
 
     def local(self, tree: Any) -> Any:
-        """Returns the value as it lies on this host's first device, for a function of one."""
+        """Returns the value on this host's first device, for a function of one device."""
+        return jax.tree.map(lambda x: self._unstack(x.addressable_data(0)), tree)
 
-        def get(x):
-            part = x.addressable_data(0)
-            return part[0] if self.kind == "pmap" else part
-
-        return jax.tree.map(get, tree)
+    def _unstack(self, part: Any) -> Any:
+        return part[0] if self.kind == "pmap" else part
 
 
 def union_size(indices: set[int], count: int) -> int:
-    """Returns the size of the union of the processes' sets of indices below `count`; all must
-    call this."""
+    """Returns the size of the union of all processes' sets of indices below `count`; every process
+    must call this."""
     if jax.process_count() == 1:
         return len(indices)
     flags = np.zeros(count, bool)
@@ -149,10 +128,10 @@ def union_size(indices: set[int], count: int) -> int:
 
 
 def any_process(*flags: bool) -> list[bool]:
-    """Returns, for each flag, whether it is set in any of the processes; all must call this.
+    """Returns, for each flag, whether any process has set it; every process must call this.
 
-    What processes decide by their own clocks and signals they must decide alike, for saving and
-    stopping take all of them.
+    Saving and stopping take all processes, so they must decide alike, although each has its own
+    clock and signals.
     """
     if jax.process_count() == 1:
         return list(flags)

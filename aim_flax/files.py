@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Files: each is written whole or not at all."""
 
+import contextlib
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,17 @@ from matplotlib.figure import Figure
 from aim_flax.errors import UsageError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a file to write, which becomes `path` at the end."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    yield temporary
     os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    with _replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -25,17 +32,14 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     lines = [columns, *([row[column] for column in columns] for row in rows)]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
+    with _replacing(path) as temporary, temporary.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
-    os.replace(temporary, path)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    """Writes a figure as PNG."""
+    with _replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def read_json(path: Path) -> Any:

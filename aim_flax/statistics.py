@@ -1,7 +1,7 @@
 """Whether arms differ: statistics over the accuracies of their seeds.
 
 Runs of the same seed see the same examples in the same order, so arms are compared by the
-differences of their common seeds. What few or equal numbers cannot tell is None, never a guess.
+differences of their common seeds. What few or equal numbers cannot show is None, never a guess.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ class Summary:
 
     Attributes:
       n: how many.
-      mean: of them; None of none.
-      low, high: the mean's 95 % interval (Student's t); None of fewer than two.
-      deviation: the standard deviation (n - 1 in its denominator); None of fewer than two.
+      mean: of them; None if there are none.
+      low, high: the mean's 95 % interval (Student's t); None for fewer than two.
+      deviation: the standard deviation (n - 1 in its denominator); None for fewer than two.
     """
 
     n: int
@@ -100,17 +100,15 @@ def _compare(accuracies: Mapping[int, float], reference: Mapping[int, float]) ->
     seeds = sorted(accuracies.keys() & reference.keys())
     differences = {seed: accuracies[seed] - reference[seed] for seed in seeds}
     summary = summarize(list(differences.values()))
-    if summary.deviation is None:
-        return Comparison(differences, summary, None, None, None)
+    p = effect_size = None
     if summary.deviation:
         pairs = [[arm[seed] for seed in seeds] for arm in (accuracies, reference)]
-        p = float(ttest_rel(*pairs).pvalue)
-        return Comparison(differences, summary, p, None, summary.mean / summary.deviation)
-    if abs(summary.mean) < _EQUAL:
-        return Comparison(differences, summary, 1.0, None, None)
-    return Comparison(
-        differences, dataclasses.replace(summary, low=None, high=None), None, None, None
-    )
+        p, effect_size = float(ttest_rel(*pairs).pvalue), summary.mean / summary.deviation
+    elif summary.deviation == 0 and abs(summary.mean) < _EQUAL:
+        p = 1.0
+    elif summary.deviation == 0:
+        summary = dataclasses.replace(summary, low=None, high=None)
+    return Comparison(differences, summary, p, None, effect_size)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

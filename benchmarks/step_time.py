@@ -10,7 +10,6 @@ itself, until it no longer fits the accelerator's memory.
 """
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from aim_flax import build_model
 from aim_flax import config as configs
 from aim_flax.console import run_reporting_errors
 from aim_flax.errors import UsageError
+from aim_flax.files import write_csv
 from aim_flax.train.optimizer import build_optimizer
 from aim_flax.train.step import create_state, train_step
 
@@ -140,10 +140,7 @@ def main() -> None:
         for row in rows:
             print("  ".join(f"{key} {row[key]}" for key in COLUMNS))
         if args.csv:
-            with args.csv.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(args.csv, COLUMNS, rows)
 
     run_reporting_errors(work)
 

@@ -25,7 +25,6 @@ import simplejpeg
 from sklearn.datasets import load_sample_images
 
 from aim_flax.data.folder import read_folder
-from aim_flax.data.reading import Reader
 from aim_flax.data.streamed import Streamed, TrainBatches
 from aim_flax.devices import Devices
 from aim_flax.files import write_csv
@@ -59,7 +58,7 @@ def write_photographs(directory: Path) -> None:
 def ours(directory: Path, batch_size: int, augment: str, threads: int) -> Measure:
     # Half a percent is as good as nothing held out: a folder of classes alone must be split.
     dataset = read_folder(directory, val_fraction=0.0, test_fraction=0.005)
-    streamed = Streamed(Reader(dataset, (SIZE, SIZE, 3)), threads)
+    streamed = Streamed(dataset, (SIZE, SIZE, 3), threads)
     devices = Devices("pmap", 1)
     batches = TrainBatches(streamed, devices, batch_size, 255.0, AUGMENTATIONS[augment])
 

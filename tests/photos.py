@@ -4,13 +4,33 @@ import io
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
+from aim_flax import config as configs
 
-def encode(pixels: np.ndarray, kind: str = "PNG", **options) -> bytes:
+FOLDER_CONFIG = str(Path(__file__).parents[1] / "configs" / "image_folder_resnet50.py")
+
+
+def small(directory: Path, *assignments: str) -> tuple[str, ...]:
+    """What makes that config's network and batches small enough for tests, and more."""
+    network = ("data.image_shape=(8,8,3)", "model.stage_sizes=(1,)", "model.width=4")
+    more = ("model.stem=cifar", "schedule.warmup_epochs=0.0")
+    sizes = ("train.batch_size=8", "eval.batch_size=8", "train.epochs=2")
+    return (f"data.dir={directory}", *network, *more, *sizes, *assignments)
+
+
+def folder(directory: Path, *assignments: str) -> ConfigDict:
+    config = configs.load(f"{FOLDER_CONFIG}:control")
+    return configs.override(config, small(directory, *assignments))
+
+
+def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
     """Returns an encoded image; PNG keeps every pixel."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image.squeeze())
     buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze()).save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

@@ -35,6 +35,14 @@ def published(num_classes, memory_shape, read_mode="concat", dtype=jnp.float32):
 
 
 @functools.cache
+def shapes():
+    """The variables' shapes of the published network with the golden file's sizes."""
+    size = GOLDEN["image_size"]
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.eval_shape(published(10, (7, 7, 32)).init, jax.random.key(0), images)
+
+
+@functools.cache
 def keras_weights():
     weights = {}
     for layer, role, shape in GOLDEN["weights"]:
@@ -66,4 +74,4 @@ def keras_names():
     names = {}
     for layer, role, shape in GOLDEN["weights"]:
         names.setdefault(layer, {})[role] = np.broadcast_to(np.array(f"{layer}/{role}"), shape)
-    return jax.tree.map(lambda array: str(array.flat[0]), variables_from_keras(names))
+    return jax.tree.map(lambda array: str(array.flat[0]), variables_from_keras(names, shapes()))

@@ -1,113 +1,142 @@
 """Checkpoints: what is kept, and what happens to damaged ones."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aim_flax.errors import UsageError
 from aim_flax.train import loop, restore
 from aim_flax.train.checkpoint import Checkpoints
-from tests.test_training import assert_same_end, digits
+from aim_flax.train.step import TrainState, variables_of
+from tests.asserts import refused
+from tests.runs import assert_same_end, digits
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
 
-def state(value: float) -> dict:
-    return {"kernel": np.full((300, 70), value, np.float32), "step": np.asarray(3), "none": ()}
+def state(value: float) -> TrainState:
+    params = {"kernel": np.full((300, 70), value, np.float32), "none": ()}
+    return TrainState(np.asarray(3), params, {}, (), np.ones(()))
+
+
+def progress(step: int, best_step: int | None) -> dict:
+    return {"best_step": best_step, "history": [{"x": 0.1 + step}]}
 
 
 def save(directory, best_steps) -> Checkpoints:
+    """Checkpoints of steps 1, 2, ...; a step's network has its number in its parameters."""
     checkpoints = Checkpoints(directory)
     for step, best in enumerate(best_steps, start=1):
-        checkpoints.save(step, state(step), {"best_step": best, "history": [{"x": 0.1 + step}]})
+        own = None if best in (None, step) else variables_of(state(best))
+        checkpoints.save(step, progress(step, best), state(step), own)
     checkpoints.wait()
     return checkpoints
 
 
-def test_latest_two_and_best_are_kept(tmp_path):
+def value_of(variables) -> float:
+    (value,) = np.unique(variables["params"]["kernel"])
+    return value
+
+
+def test_latest_two_are_kept_and_the_best_in_each(tmp_path):
     checkpoints = save(tmp_path, [1, 2, 2, 2, 2])
-    assert checkpoints.steps == [2, 4, 5]
-    assert checkpoints.best_step() == 2
-    restored, progress, messages = checkpoints.restore_latest(state(0))
-    np.testing.assert_array_equal(restored["kernel"], state(5)["kernel"])
-    assert progress == {"best_step": 2, "history": [{"x": 5.1}]}
-    assert messages == []
+    assert checkpoints.steps == [4, 5]
+    found, messages = checkpoints.latest(state(0))
+    assert (found.step, found.progress, messages) == (5, progress(5, 2), [])
+    assert value_of(variables_of(found.state)) == 5
+    for which, step in (("best", 2), ("latest", 5), (4, 4), ("2", 2)):
+        variables, found_step = checkpoints.variables(which, state(0))
+        assert value_of(variables) == found_step == step
+    with refused("no checkpoint of step 3 in .*; there: 2, 4, 5$"):
+        checkpoints.variables(3, state(0))
     checkpoints.close()
 
 
-def test_reopened_directory_still_keeps_the_best(tmp_path):
-    save(tmp_path, [1, 1, 1]).close()
+def test_a_best_network_with_its_own_checkpoint_is_found(tmp_path):
+    """As runs were saved before a checkpoint held its best network."""
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.restore_latest(state(0))
-    checkpoints.save(4, state(4), {"best_step": 1, "history": []})
+    for step in (1, 2):
+        checkpoints.save(step, progress(step, 1), state(step))
     checkpoints.wait()
-    assert checkpoints.steps == [1, 3, 4]
+    assert value_of(checkpoints.latest(state(0))[0].best) == 1
+    assert value_of(checkpoints.variables("best", state(0))[0]) == 1
+    checkpoints.close()
+
+
+def test_a_best_network_alone_is_no_state_to_go_on_from(tmp_path):
+    checkpoints = save(tmp_path, [1])
+    checkpoints.save(2, progress(3, 2), best=variables_of(state(2)))
+    checkpoints.wait()
+    assert checkpoints.latest(state(0))[0].step == 1
+    assert value_of(checkpoints.variables("best", state(0))[0]) == 2
+    checkpoints.set_aside_after(1)
+    assert (checkpoints.steps, (tmp_path / "set-aside-2").is_dir()) == ([1], True)
     checkpoints.close()
 
 
 def test_empty_directory_has_nothing_to_restore(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.restore_latest(state(0)) is None
-    with pytest.raises(UsageError, match="no best checkpoint in .* no epoch was finished"):
-        checkpoints.best_step()
+    assert checkpoints.latest(state(0)) == (None, [])
+    with refused("no best checkpoint in .* yet: nothing was saved"):
+        checkpoints.variables("best", state(0))
+    checkpoints.save(1, progress(1, None), state(1))
+    checkpoints.wait()
+    with refused("no best checkpoint in .* yet: no epoch was finished"):
+        checkpoints.variables("best", state(0))
     checkpoints.close()
 
 
 # Tensorstore's background tasks may fail on the damaged file after restoring has.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_any_file_cut_short_is_noticed_or_makes_no_difference(tmp_path, capfd):
-    save(tmp_path / "good", [1, 2]).close()
-    files = [p.relative_to(tmp_path / "good") for p in (tmp_path / "good" / "2").rglob("*")]
+    save(tmp_path / "good", [1, 1]).close()
     fallen_back = 0
-    for file in files:
-        original = tmp_path / "good" / file
-        if not original.is_file():
-            continue
+    for original in filter(Path.is_file, (tmp_path / "good" / "2").rglob("*")):
+        file = original.relative_to(tmp_path / "good")
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
         shutil.copytree(tmp_path / "good", tmp_path / "bad")
         content = original.read_bytes()
         (tmp_path / "bad" / file).write_bytes(content[: len(content) // 2])
         checkpoints = Checkpoints(tmp_path / "bad")
-        restored, progress, messages = checkpoints.restore_latest(state(0))
+        found, messages = checkpoints.latest(state(0))
         checkpoints.close()
         if messages:
             fallen_back += 1
             assert messages[0].startswith("the checkpoint of step 2 cannot be read: ")
         value = 1 if messages else 2
-        np.testing.assert_array_equal(restored["kernel"], state(value)["kernel"])
-        assert progress["history"] == [{"x": 0.1 + value}]
+        assert value_of(variables_of(found.state)) == value
+        assert value_of(found.best) == 1
+        assert found.progress == progress(value, 1)
     assert fallen_back >= 3
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys):
-    config = digits("aim_state", "train.epochs=3")
+    config = digits("aim_state", "train.epochs=3", "train.checkpoint_minutes=0.0")
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     loop.run(config, whole, 1, quiet=True)
     shutil.copytree(whole, damaged)
     (damaged / "summary.json").unlink()
     latest = damaged / "checkpoints" / "57"
-    for file in latest.rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for file in filter(Path.is_file, latest.rglob("*")):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert restore.restore_run(damaged, "latest").step == 38
     loop.run(config, damaged, 1, quiet=True)
     output = capsys.readouterr().out
     assert "the checkpoint of step 57 cannot be read" in output
     assert "going back to step 38" in output
     assert_same_end(whole, damaged)
-    assert (damaged / "checkpoints" / "damaged-57").is_dir()
+    assert (damaged / "checkpoints" / "set-aside-57").is_dir()
 
 
 def test_all_damaged_is_an_error_and_nothing_is_deleted(tmp_path):
     save(tmp_path, [1, 2]).close()
-    for file in tmp_path.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        file.write_bytes(b"")
     names = sorted(p.name for p in tmp_path.rglob("*"))
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(UsageError, match="step 2 cannot be read.*step 1 cannot be read"):
-        checkpoints.restore_latest(state(0))
+    with refused("step 2 cannot be read.*step 1 cannot be read"):
+        checkpoints.latest(state(0))
     checkpoints.close()
     assert sorted(p.name for p in tmp_path.rglob("*")) == names

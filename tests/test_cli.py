@@ -11,24 +11,16 @@ import pytest
 from aim_flax import console
 from aim_flax.cli import evaluate as evaluate_command
 from aim_flax.cli import train as train_command
-from tests.test_training import DIGITS, ROOT, SMALL
+from tests.asserts import fails
+from tests.runs import DIGITS, ROOT, SMALL, flags
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
-FLAGS = [f"--config.{assignment}" for assignment in SMALL]
-
-
-def fails(capsys, command, *argv) -> str:
-    """Returns the one line with which a command line is refused."""
-    with pytest.raises(SystemExit) as exit_:
-        command(list(argv))
-    assert exit_.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+FLAGS = flags(*SMALL)
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("argv", "message"),
     [
         (
             ["--config", f"{DIGITS}:control", "--config.train.epoch=5"],
@@ -45,25 +37,24 @@ def fails(capsys, command, *argv) -> str:
     ],
 )
 def test_wrong_use_of_train_is_one_line_and_touches_nothing(
-    capsys, tmp_path, monkeypatch, flags, message
+    capsys, tmp_path, monkeypatch, argv, message
 ):
     monkeypatch.chdir(tmp_path)
-    line = fails(capsys, train_command.main, *flags)
-    assert message in line
+    assert message in fails(capsys, train_command.main, *argv)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("argv", "message"),
     [
         (["--workdir", "w", "--split", "tset"], "invalid choice: 'tset'"),
         (["--workdir", "w", "--device", "1"], "unknown argument '--device'"),
         (["--workdir", "nowhere"], "nowhere/config.json not found: nowhere is no run's workdir"),
     ],
 )
-def test_wrong_use_of_eval_is_one_line(capsys, tmp_path, monkeypatch, flags, message):
+def test_wrong_use_of_eval_is_one_line(capsys, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
-    assert message in fails(capsys, evaluate_command.main, *flags)
+    assert message in fails(capsys, evaluate_command.main, *argv)
 
 
 def test_damaged_config_of_a_run_is_told(capsys, tmp_path):

@@ -6,7 +6,6 @@ other seeds (`trained_with_seed`): there is nothing to find. In the planted stud
 of `control` have 64 features, those of `half` 32 and those of `eighth` 8.
 """
 
-import csv
 import itertools
 import math
 from pathlib import Path
@@ -15,16 +14,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from aim_flax.errors import UsageError
 from aim_flax.statistics import Comparison, Summary, compare, holm, summarize
 from aim_flax.study.results import accuracies_by_arm
+from tests.asserts import refused
+from tests.runs import read_csv
 
 DATA = Path(__file__).parent / "data"
 
 
 def recorded(study):
-    with (DATA / f"{study}_study.csv").open() as file:
-        return list(csv.DictReader(file))
+    return read_csv(DATA / f"{study}_study.csv")
 
 
 def test_summary_is_scipys():
@@ -130,7 +129,7 @@ def test_only_common_seeds_are_compared():
 
 
 def test_unknown_reference_is_told():
-    with pytest.raises(UsageError, match="reference arm is 'contrl', .*did you mean 'control'"):
+    with refused("reference arm is 'contrl', .*did you mean 'control'"):
         compare({"control": {0: 0.5}}, "contrl")
 
 

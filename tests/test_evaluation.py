@@ -1,6 +1,5 @@
 """Every example is counted exactly once, and eval.py finds what training found."""
 
-import csv
 import json
 from functools import partial
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.datasets
 from flax import linen as nn
 
 from aim_flax import AiM, Memory, intervene
@@ -16,7 +16,6 @@ from aim_flax.cli import evaluate as evaluate_command
 from aim_flax.data.digits import load_digits
 from aim_flax.data.in_memory import EvalBatches, Split
 from aim_flax.devices import Devices
-from aim_flax.errors import UsageError
 from aim_flax.evaluate import effects, report
 from aim_flax.evaluate.effects import Effect
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
@@ -32,8 +31,9 @@ from aim_flax.models.mlp import MLP
 from aim_flax.statistics import holm
 from aim_flax.train import evaluate_run, loop, restore
 from aim_flax.train import report as run_report
-from tests.test_latch_contract import random_variables
-from tests.test_training import digits
+from tests.arrays import KEY, random_variables
+from tests.asserts import fails, refused
+from tests.runs import digits, read_csv, read_json
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
@@ -101,65 +101,46 @@ def test_per_class_ratios():
 
 def test_digits_splits_are_stratified_disjoint_and_fixed():
     dataset = load_digits()
-    assert {name: len(s) for name, s in dataset.splits.items()} == {
+    assert {n: len(s) for n, s in dataset.splits.items()} == {
         "train": 1257,
         "val": 180,
         "test": 360,
     }
     assert dataset.classes == tuple("0123456789")
     scans = np.concatenate([s.images.reshape(len(s), -1) for s in dataset.splits.values()])
-    from sklearn.datasets import load_digits as reference
-
-    expected = reference().data.astype(np.uint8)
+    expected = sklearn.datasets.load_digits().data.astype(np.uint8)
     np.testing.assert_array_equal(np.sort(scans.view("V64"), 0), np.sort(expected.view("V64"), 0))
     for name, share in (("val", 18), ("test", 36)):
         assert abs(np.bincount(dataset.splits[name].labels) - share).max() <= 1
     # Fixed for good: another split would make results incomparable.
-    assert dataset.splits["test"].labels[:12].tolist() == TEST_LABELS
-    assert int(dataset.splits["test"].images.astype(np.int64).sum()) == TEST_SUM
+    assert dataset.splits["test"].labels[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
+    assert int(dataset.splits["test"].images.astype(np.int64).sum()) == 112350
 
 
-TEST_LABELS = [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
-TEST_SUM = 112350
+class Layers(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        for name in ("layer2", "layer10", "head"):
+            x = nn.Dense(4, name=name)(x)
+        return x
 
 
-def test_memory_use_is_the_share_of_the_output():
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x, train=False):
-            return nn.Dense(3, name="head")(nn.Dense(4, name="hidden")(x))
-
-    memory = Memory((2,), kind="direct")
-    model = AiM(Net(), memory, read="head", update_after="hidden", read_mode="add")
+def test_memory_use_is_that_which_the_network_records_in_the_order_of_the_calls():
+    model = AiM(Layers(), Memory((2,), kind="direct"), read=".*", update_after="layer10")
     x = jnp.ones((5, 6))
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    variables = jax.jit(model.init)(KEY, x)
     use = jax.jit(partial(memory_use, model))(variables, x)
-    assert set(use) == {"read head", "update hidden"}
-    plain = Net().apply({"params": variables["params"]}, x)
-    share = model.apply(variables, x) - plain
-    assert float(use["read head"]["share"]) == pytest.approx(
-        float(jnp.linalg.norm(share, axis=-1).mean()), rel=1e-5
-    )
-    assert float(use["read head"]["own"]) == pytest.approx(
-        float(jnp.linalg.norm(plain, axis=-1).mean()), rel=1e-5
-    )
-    assert memory_use(Net(), {"params": variables["params"]}, x) == {}
-
-
-def test_memory_use_is_in_the_order_of_the_calls():
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            for name in ("layer2", "layer10", "head"):
-                x = nn.Dense(4, name=name)(x)
-            return x
-
-    model = AiM(Net(), Memory((2,), kind="direct"), read=".*", update_after="layer10")
-    x = jnp.ones((5, 6))
-    variables = jax.jit(model.init)(jax.random.key(0), x)
-    reads = [f"read {name}" for name in ("layer2", "layer10", "head")]
-    use = jax.jit(partial(memory_use, model))(variables, x)
-    assert [name for name in use if name.startswith("read ")] == reads
+    _, seen = model.apply(variables, x, mutable=["intermediates"])
+    recorded = seen["intermediates"]
+    expected = {f"read {name}": recorded[name]["memory_use"][0] for name in recorded}
+    expected["update layer10"] = recorded["layer10"]["memory_update_use"][0]
+    assert use.keys() == expected.keys()
+    for name, norms in expected.items():
+        assert use[name] == pytest.approx(norms, rel=1e-5)
+    traced = memory_use(model, variables, x)
+    reads = ["read layer2", "read layer10", "read head"]
+    assert [name for name in traced if name.startswith("read ")] == reads
+    assert memory_use(Layers(), {"params": random_variables(Layers(), x)["params"]}, x) == {}
 
 
 @pytest.fixture(scope="module")
@@ -175,25 +156,13 @@ def test_evaluation_of_the_best_checkpoint_equals_the_summary(run, devices, caps
     evaluation = evaluate_run.evaluate_run(workdir, "best", "test", devices)
     assert evaluation.accuracy == summary["test_accuracy"]
     assert evaluation.loss == pytest.approx(summary["test_loss"], rel=1e-5)
-    written = json.loads((workdir / "eval_test.json").read_text())
+    written = read_json(workdir / "eval_test.json")
     assert written["accuracy"] == summary["test_accuracy"]
     assert written["step"] == summary["best_step"]
     assert written["examples"] == np.sum(written["confusion"]) == 360
     assert [row["class"] for row in written["classes"]] == list("0123456789")
     assert (workdir / "confusion_test.png").read_bytes().startswith(b"\x89PNG")
     assert f"accuracy {summary['test_accuracy']:.2%}" in capsys.readouterr().out
-
-
-def test_restored_network_is_a_plain_linen_module(run):
-    workdir, summary = run
-    restored = restore.restore_run(workdir)
-    test = load_digits().splits["test"]
-    logits = restored.model.apply(restored.variables, test.images / np.float32(16), train=False)
-    accuracy = (np.argmax(logits, -1) == test.labels).mean()
-    assert accuracy == pytest.approx(summary["test_accuracy"])
-
-
-# --- With an altered memory --------------------------------------------------------------------
 
 
 def test_an_altered_evaluation_says_so_and_leaves_the_other_alone(run, capsys):
@@ -205,13 +174,13 @@ def test_an_altered_evaluation_says_so_and_leaves_the_other_alone(run, capsys):
     printed = capsys.readouterr().out
     assert "with altered memory (zero at 'layer.*'): loss" in printed
     assert {path.name: path.read_bytes() for path in workdir.glob("*_test.*")} == before
-    written = json.loads((workdir / "eval_test_zero.json").read_text())
+    written = read_json(workdir / "eval_test_zero.json")
     assert (written["memory"], written["at"]) == ("zero", "layer.*")
     assert written["accuracy"] == zero.accuracy
     assert (workdir / "confusion_test_zero.png").is_file()
     assert json.loads(before["eval_test.json"])["memory"] == "keep"
 
-    # It is the network that `intervene` makes.
+    # A plain Linen module, or what `intervene` makes of it.
     restored, test = restore.restore_run(workdir), load_digits().splits["test"]
     for model, evaluation in (
         (restored.model, keep),
@@ -266,14 +235,13 @@ def test_every_effect_is_that_of_the_network_that_intervene_makes(run, measured)
 
 def test_effects_are_written_and_shown(run, measured):
     workdir, _ = run
-    written = json.loads((workdir / "interventions_test.json").read_text())
+    written = read_json(workdir / "interventions_test.json")
     assert (written["split"], written["at"], written["examples"]) == ("test", ".*", 360)
     assert [Effect(**row) for row in written["effects"]] == measured.rows
-    with (workdir / "interventions_test.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(workdir / "interventions_test.csv")
     assert [float(row["accuracy"]) for row in rows] == [row.accuracy for row in measured.rows]
     assert (workdir / "interventions_test.png").read_bytes().startswith(b"\x89PNG")
-    lines = effects.table(measured).splitlines()
+    lines = report.effects_table(measured).splitlines()
     assert len({line.count("|") for line in lines[: 2 + len(rows)]}) == 1
     row = measured.rows[-2]
     assert lines[len(rows)].startswith(
@@ -328,7 +296,7 @@ def test_one_program_chooses_among_all_that_can_be_read(carrying):
 
 def test_carried_memories_are_reset_and_silenced_apart(carrying):
     aim, build = carrying
-    measured = effects.measure(aim, IMAGES, build)
+    measured = effects.measure(effects.plan(aim, IMAGES), build)
     kinds = [row.kind for row in measured.rows]
     assert kinds == ["keep", "zero", "mean", "shuffle", "noise", "no_write", "reset"]
     assert measured.notes == [
@@ -344,7 +312,7 @@ def test_carried_memories_are_reset_and_silenced_apart(carrying):
 def test_a_pattern_limits_what_is_altered(carrying):
     aim, build = carrying
     assert matching(aim, "layer[13].*", IMAGES) == (["layer1/dense", "layer3/dense"], ["layer1"])
-    measured = effects.measure(aim, IMAGES, build, "layer2")
+    measured = effects.measure(effects.plan(aim, IMAGES, "layer2"), build)
     assert [row.kind for row in measured.rows] == ["keep", "no_write"]
     expected = build(intervene(aim, "no_write", "layer2"))({})
     assert measured.rows[1].loss == pytest.approx(expected.loss)
@@ -366,19 +334,19 @@ def test_what_cannot_be_altered_is_told_before_anything_is_written(run, tmp_path
         lambda: evaluate_run.evaluate_run(tmp_path / "run", memory="zero"),
         lambda: evaluate_run.evaluate_interventions(tmp_path / "run"),
     ):
-        with pytest.raises(UsageError, match="^there is no memory to alter: the network is a MLP$"):
+        with refused(exactly="there is no memory to alter: the network is a MLP"):
             act()
     assert set(tmp_path.rglob("*")) == before
     for act in (
         lambda: evaluate_run.evaluate_run(run[0], memory="mean", at="heat"),
         lambda: evaluate_run.evaluate_interventions(run[0], at="heat"),
     ):
-        with pytest.raises(UsageError, match=r"no read of MLP \(did you mean 'head'\?\); there"):
+        with refused(r"no read of MLP \(did you mean 'head'\?\); there"):
             act()
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("argv", "message"),
     [
         (["--memory", "zeros"], "invalid choice: 'zeros'"),
         (["--at", "head"], "--at says where the memory is altered: give --memory"),
@@ -386,12 +354,9 @@ def test_what_cannot_be_altered_is_told_before_anything_is_written(run, tmp_path
         (["--memory", "no_write", "--at", "head"], "matches no update of MLP; there are: layer1,"),
     ],
 )
-def test_wrong_flags_are_told_in_a_line(run, capsys, flags, message):
-    with pytest.raises(SystemExit) as exit_:
-        evaluate_command.main(["--workdir", str(run[0]), "--devices", "1", *flags])
-    assert exit_.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+def test_wrong_flags_are_told_in_a_line(run, capsys, argv, message):
+    command = ["--workdir", str(run[0]), "--devices", "1", *argv]
+    assert message in fails(capsys, evaluate_command.main, *command)
 
 
 def test_command_line_with_altered_memory(run, capsys):
@@ -405,9 +370,6 @@ def test_command_line_with_altered_memory(run, capsys):
     evaluate_command.main([*flags, "--memory", "no_write", "--at", "layer1"])
     assert "with altered memory (no_write at 'layer1'): loss" in capsys.readouterr().out
     assert (run[0] / "eval_val_no_write.json").is_file()
-
-
-# --- Plots and events --------------------------------------------------------------------------
 
 
 def history_of(uses, epochs=3):
@@ -451,25 +413,22 @@ def test_shares_of_nothing_are_no_events(tmp_path, caplog, capsys):
     assert captured.out + captured.err == ""
 
 
-# --- What cannot be restored -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
-        ("7", r"no checkpoint of step 7 in .*; there: (19, )?38, 57"),
+        ("7", r"no checkpoint of step 7 in .*; there: (19, |38, )?57$"),
         ("newest", "checkpoint is 'newest', expected best, latest or a step"),
     ],
 )
 def test_missing_checkpoints_are_told(run, checkpoint, message):
-    with pytest.raises(UsageError, match=message):
+    with refused(message):
         restore.restore_run(run[0], checkpoint)
 
 
 def test_directory_that_is_no_run_is_told(tmp_path):
-    with pytest.raises(UsageError, match=r"config.json not found: .* is no run's workdir"):
+    with refused(r"config.json not found: .* is no run's workdir"):
         restore.restore_run(tmp_path)
     (tmp_path / "config.json").write_text(configs.to_json(digits()))
-    with pytest.raises(UsageError, match="there are no checkpoints in"):
+    with refused("there are no checkpoints in"):
         restore.restore_run(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]

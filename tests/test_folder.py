@@ -9,6 +9,7 @@ from PIL import Image
 from aim_flax.data.folder import read_folder, survey
 from aim_flax.data.images import load
 from aim_flax.errors import UsageError
+from tests.asserts import refused
 
 
 def make(root: Path, *paths: str) -> Path:
@@ -147,14 +148,18 @@ def test_wrong_layouts(tmp_path, paths, message):
     assert complaint(make(tmp_path, *paths)).startswith(message)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("grocerie", r"grocerie does not exist \(did you mean 'grocery'\?\)$"),
+        ("missing/also", "missing/also does not exist$"),
+        ("file", "file is a file, expected a folder of images"),
+    ],
+)
+def test_a_folder_that_is_not_there(tmp_path, folder, message):
     make(tmp_path, "grocery/a/1.jpg", "file")
-    with pytest.raises(UsageError, match=r"grocerie does not exist \(did you mean 'grocery'\?\)$"):
-        read_folder(tmp_path / "grocerie", 0, 0.2)
-    with pytest.raises(UsageError, match="missing/also does not exist$"):
-        read_folder(tmp_path / "missing/also", 0, 0.2)
-    with pytest.raises(UsageError, match="file is a file, expected a folder of images"):
-        read_folder(tmp_path / "file", 0, 0.2)
+    with refused(message):
+        read_folder(tmp_path / folder, 0, 0.2)
 
 
 def test_fractions_out_of_range(tmp_path):

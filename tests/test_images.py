@@ -12,6 +12,8 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from aim_flax.data.images import ImageError, header, load
+from tests.asserts import refused
+from tests.photos import encode
 
 HEIGHT, WIDTH = 60, 80
 
@@ -25,12 +27,6 @@ def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
 
 IMAGE = Image.fromarray(picture())
 SHAPE = (HEIGHT, WIDTH, 3)
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def oriented(orientation: int, order: str = "<") -> bytes:
@@ -69,9 +65,24 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a.astype(int) - b.astype(int)).mean())
 
 
-@pytest.mark.parametrize("kind", ["png", "rgba png", "lossless webp"])
-def test_lossless_formats_are_exact(kind):
-    np.testing.assert_array_equal(load(ENCODED[kind], SHAPE), picture())
+GREY = IMAGE.convert("L").convert("RGB")
+COLOURS = IMAGE.convert("P").convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("png", IMAGE),
+        ("rgba png", IMAGE),
+        ("lossless webp", IMAGE),
+        ("grey png", GREY),
+        ("grey and alpha png", GREY),
+        ("palette png", COLOURS),
+        ("clear palette png", COLOURS),
+    ],
+)
+def test_lossless_formats_are_exact(kind, expected):
+    np.testing.assert_array_equal(load(ENCODED[kind], SHAPE), np.asarray(expected))
 
 
 @pytest.mark.parametrize(
@@ -79,18 +90,6 @@ def test_lossless_formats_are_exact(kind):
 )
 def test_lossy_formats_are_near(kind):
     assert distance(load(ENCODED[kind], SHAPE), picture()) < 4
-
-
-@pytest.mark.parametrize("kind", ["grey png", "grey and alpha png"])
-def test_grey_becomes_three_equal_channels(kind):
-    expected = np.asarray(IMAGE.convert("L"))
-    np.testing.assert_array_equal(load(ENCODED[kind], SHAPE), np.stack([expected] * 3, -1))
-
-
-@pytest.mark.parametrize("kind", ["palette png", "clear palette png"])
-def test_palettes_become_their_colours(kind):
-    expected = np.asarray(IMAGE.convert("P").convert("RGB"))
-    np.testing.assert_array_equal(load(ENCODED[kind], SHAPE), expected)
 
 
 def test_16_bits_are_scaled_not_clipped():
@@ -146,24 +145,22 @@ def test_damaged_exif_is_passed_over(kind):
     assert cut == changed == {pixels(oriented(1)), pixels(oriented(6))}
 
 
-def test_region_is_cut_out_exactly():
-    pixels = load(ENCODED["png"], (30, 20, 3), (0.25, 0.5, 0.5, 0.25))
-    np.testing.assert_array_equal(pixels, picture()[15:45, 40:60])
-
-
-def test_crop_is_the_largest_middle_part_of_the_proportions():
-    pixels = load(ENCODED["png"], (60, 60, 3), fit="crop")
-    np.testing.assert_array_equal(pixels, picture()[:, 10:70])
-    pixels = load(ENCODED["png"], (20, 80, 3), fit="crop")
-    np.testing.assert_array_equal(pixels, picture()[20:40])
-    # A region is one of that part: here its lower right quarter.
-    pixels = load(ENCODED["png"], (30, 30, 3), (0.5, 0.5, 0.5, 0.5), "crop")
-    np.testing.assert_array_equal(pixels, picture()[30:60, 40:70])
-
-
-def test_smallest_region_is_one_pixel():
-    pixels = load(ENCODED["png"], (4, 4, 3), (1.0, 1.0, 0.0, 0.0))
-    np.testing.assert_array_equal(pixels, np.broadcast_to(picture()[-1, -1], (4, 4, 3)))
+@pytest.mark.parametrize(
+    ("size", "region", "fit", "expected"),
+    [
+        ((30, 20), (0.25, 0.5, 0.5, 0.25), "stretch", picture()[15:45, 40:60]),
+        # The largest middle part of the proportions.
+        ((60, 60), (0, 0, 1, 1), "crop", picture()[:, 10:70]),
+        ((20, 80), (0, 0, 1, 1), "crop", picture()[20:40]),
+        # A region is one of that part: here its lower right quarter.
+        ((30, 30), (0.5, 0.5, 0.5, 0.5), "crop", picture()[30:60, 40:70]),
+        # The smallest one is one pixel.
+        ((4, 4), (1.0, 1.0, 0.0, 0.0), "stretch", np.tile(picture()[-1, -1], (4, 4, 1))),
+    ],
+)
+def test_regions_and_crops_are_cut_out_exactly(size, region, fit, expected):
+    pixels = load(ENCODED["png"], (*size, 3), region, fit)
+    np.testing.assert_array_equal(pixels, expected)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -231,15 +228,14 @@ def test_truncated_files_are_told_or_whole(kind):
 )
 def test_what_is_no_image(encoded, message):
     for read in (header, lambda encoded: load(encoded, SHAPE)):
-        with pytest.raises(ImageError, match=f"^{message}"):
+        with refused(f"^{message}", kind=ImageError):
             read(encoded)
 
 
 def jpeg_of_size(height: int, width: int) -> bytes:
-    start = ENCODED["jpeg"].index(b"\xff\xc0") + 5
-    return (
-        ENCODED["jpeg"][:start] + struct.pack(">HH", height, width) + ENCODED["jpeg"][start + 4 :]
-    )
+    jpeg = ENCODED["jpeg"]
+    start = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:start] + struct.pack(">HH", height, width) + jpeg[start + 4 :]
 
 
 def png_of_size(height: int, width: int) -> bytes:

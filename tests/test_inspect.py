@@ -98,34 +98,33 @@ def duplicate_lines(out: str) -> list[str]:
     return lines[next(i for i, line in enumerate(lines) if "more than once" in line) : -1]
 
 
-def test_duplicates_within_a_split_are_told_but_no_fault(clean, capsys):
-    (clean / "train/apple/copy.jpg").write_bytes((clean / "train/apple/0.jpg").read_bytes())
-    status, out, _ = run(clean, capsys)
-    assert status == 0
-    assert duplicate_lines(out) == [
-        "1 image is there more than once, 0 of them in more than one split, 0 in more than one"
-        " class",
-        "  same bytes: DIR/train/apple/0.jpg, DIR/train/apple/copy.jpg",
-    ]
-
-
-def test_duplicates_across_splits_and_classes_are_faults(clean, capsys):
+@pytest.mark.parametrize(
+    ("copies", "status", "told", "listed"),
+    [
+        # Within a split it is told, but no fault.
+        (["train/apple"], 0, "0 of them in more than one split, 0 in", ["train/apple/copy.jpg"]),
+        (
+            ["test/apple", "val/apple"],
+            1,
+            "1 of them in more than one split, 0 in",
+            ["val/apple/copy.jpg", "test/apple/copy.jpg"],
+        ),
+        (["train/pear"], 1, "0 of them in more than one split, 1 in", ["train/pear/copy.jpg"]),
+    ],
+)
+def test_duplicates_are_faults_across_splits_and_classes(
+    clean, capsys, copies, status, told, listed
+):
     copied = (clean / "train/apple/0.jpg").read_bytes()
-    (clean / "test/apple/copy.jpg").write_bytes(copied)
-    (clean / "val/apple/copy.jpg").write_bytes(copied)
-    status, out, _ = run(clean, capsys)
-    assert status == 1
+    for folder in copies:
+        (clean / folder / "copy.jpg").write_bytes(copied)
+    found, out, _ = run(clean, capsys)
+    assert found == status
+    same = ", ".join(f"DIR/{path}" for path in ("train/apple/0.jpg", *listed))
     assert duplicate_lines(out) == [
-        "1 image is there more than once, 1 of them in more than one split, 0 in more than one"
-        " class",
-        "  same bytes: DIR/train/apple/0.jpg, DIR/val/apple/copy.jpg, DIR/test/apple/copy.jpg",
+        f"1 image is there more than once, {told} more than one class",
+        f"  same bytes: {same}",
     ]
-    (clean / "test/apple/copy.jpg").unlink()
-    (clean / "val/apple/copy.jpg").unlink()
-    (clean / "train/pear/copy.jpg").write_bytes(copied)
-    status, out, _ = run(clean, capsys)
-    assert status == 1
-    assert "0 of them in more than one split, 1 in more than one class" in out
 
 
 def test_the_same_pixels_in_another_file_are_duplicates(clean, capsys):

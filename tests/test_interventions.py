@@ -1,7 +1,5 @@
 """Evaluation with an altered memory: what reads find, what stays as it is, what is refused."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,23 +9,9 @@ from flax import linen as nn
 from aim_flax import AiM, Memory, fit, intervene
 from aim_flax.evaluate.interventions import KINDS, layers
 from aim_flax.models.mlp import MLP
-from tests.test_latch import refused
-from tests.test_latch_contract import (
-    KEY,
-    D,
-    Net,
-    assert_close,
-    assert_equal,
-    dense,
-    draw,
-    latched_net,
-    lenses,
-    probe,
-    probed,
-    random_variables,
-    weights_of,
-    written,
-)
+from tests.arrays import KEY, draw, random_variables
+from tests.asserts import assert_close, assert_equal, refused
+from tests.networks import D, Net, dense, latched_net, probe, probed, weights_of, written
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -87,10 +71,9 @@ def standardized(found, memories, x):
 
 def test_noise_has_the_mean_and_deviation_of_each_examples_memory():
     x = draw(200, 4)
-    aim = probe(carry="state")
     draws = []
     for seed in (0, 1):
-        variables = lenses(random_variables(aim, x, seed=seed))
+        aim, variables = probed(x, seed=seed, carry="state")
         memories = true_memories(variables, x)
         noisy = jax.jit(intervene(aim, "noise").apply)
         found = noisy(variables, x)
@@ -107,16 +90,6 @@ def test_noise_has_the_mean_and_deviation_of_each_examples_memory():
     assert len(np.unique(together.round(4))) > 0.95 * together.size
 
 
-def test_shuffle_is_the_memory_of_a_batch_in_another_order():
-    x = draw(5, 4)
-    aim, variables = probed(x)
-    assert_close(
-        intervene(aim, "shuffle").apply(variables, x),
-        aim.apply(variables, np.roll(x, -1, axis=0)),
-        1e-6,
-    )
-
-
 @pytest.mark.parametrize("kind", ["mean", "shuffle", "reset"])
 def test_a_memory_that_nobody_writes_is_the_same_for_all_examples(kind):
     x = draw(5, 4)
@@ -125,22 +98,16 @@ def test_a_memory_that_nobody_writes_is_the_same_for_all_examples(kind):
     assert_equal(intervene(aim, kind).apply(variables, x), aim.apply(variables, x))
 
 
-def own_params(variables):
-    """Returns the parameters of the backbone alone, for a network that reads with `concat`, too."""
-    params = {}
-    for name, layer in variables["params"].items():
-        if name == "memory":
-            continue
-        params[name] = {k: v for k, v in layer.items() if not k.startswith("memory_")}
-    return params
-
-
 @pytest.mark.parametrize("mode", ["add", "scale", "concat"])
 def test_with_zeros_a_network_is_its_backbone(mode):
     x = draw(5, 4)
     aim = latched_net(read_mode=mode)
     variables = random_variables(aim, x)
-    params = own_params(variables)
+    params = {
+        name: {k: v for k, v in layer.items() if not k.startswith("memory_")}
+        for name, layer in variables["params"].items()
+        if name != "memory"
+    }
     if mode == "concat":
         for name in ("dense2", "last"):
             params[name]["kernel"] = params[name]["kernel"][:-D]
@@ -221,7 +188,10 @@ def test_convolutional_memories_are_altered_before_they_are_fitted():
         name: variables["params"][name]["memory_read"]["kernel"] for name in ("conv2", "dense")
     }
     _, seen = aim.apply(
-        variables, x, mutable=["intermediates"], capture_intermediates=is_update_output
+        variables,
+        x,
+        mutable=["intermediates"],
+        capture_intermediates=lambda m, _: m.name == "output",
     )
     (m,) = seen["intermediates"]["conv1"]["memory_update"]["output"]["__call__"]
     (own, _) = intervene(aim, "zero").apply(variables, x)
@@ -229,21 +199,12 @@ def test_convolutional_memories_are_altered_before_they_are_fitted():
         altered = EXPECTED[kind](np.asarray(m), variables)
         found, last = intervene(aim, kind).apply(variables, x)
         assert_close(found, own + fit(altered, 4, 4) @ kernels["conv2"][0, 0])
-        dense_layer = variables["params"]["dense"]
-        expected = found @ dense_layer["kernel"] + dense_layer["bias"]
         read = altered.mean(axis=(1, 2)) @ kernels["dense"]
-        assert_close(last, expected + read[:, None, None], 1e-4)
+        assert_close(last, dense(variables, "dense", found) + read[:, None, None])
     # Of the same mean and deviation over all floats of an example's memory: sixteen of them.
     found, _ = intervene(aim, "noise").apply(variables, x)
     assert found.shape == own.shape
     assert np.isfinite(found).all()
-
-
-def is_update_output(module, method):
-    return module.name == "output" and method == "__call__"
-
-
-# --- Inside transformations --------------------------------------------------------------------
 
 
 class Body(nn.Module):
@@ -294,9 +255,6 @@ def test_reads_inside_transformations_are_altered(kind):
         assert not np.allclose(noisy, expected, atol=1e-3)
 
 
-# --- Listing, initialising, refusing -----------------------------------------------------------
-
-
 def test_layers_are_listed_in_the_order_of_their_calls():
     x = jax.ShapeDtypeStruct((1, 2, 2, 1), jnp.float32)
     for mode in ("add", "concat"):
@@ -321,62 +279,47 @@ def test_variables_are_those_of_the_network_itself(kind):
     assert_equal(found, expected)
 
 
-REFUSALS = {
-    "a plain network": (
-        lambda x: intervene(Net(), "zero"),
-        "there is no memory to alter: the network is a Net$",
-    ),
-    "an unknown kind": (
-        lambda x: intervene(probe(), "zeros"),
-        r"the intervention is 'zeros', expected one of keep, .*no_write \(did you mean 'zero'\?\)$",
-    ),
-    "a bad pattern": (
-        lambda x: intervene(probe(), "zero", "look("),
-        r"'look\(' is no regular expression: ",
-    ),
-    "an empty pattern": (
-        lambda x: intervene(probe(), "zero", ""),
-        "at is empty, expected a regular expression that matches module paths$",
-    ),
-    "a pattern that matches no read": (
-        lambda x: apply(intervene(probe(), "zero", "look7"), x),
-        r"at pattern 'look7' matches no read of Probe \(did you mean 'look2'\?\); there are: "
-        "look0, look1, look2$",
-    ),
-    "a pattern that matches a layer that does not read": (
-        lambda x: apply(intervene(probe(), "zero", "write1"), x),
-        "at pattern 'write1' matches no read of Probe",
-    ),
-    "a pattern that matches no update": (
-        lambda x: apply(intervene(probe(), "no_write", "look1"), x),
-        "at pattern 'look1' matches no update of Probe; there are: write1, write2$",
-    ),
-    "one of two": (
-        lambda x: apply(intervene(intervene(probe(), "zero"), "mean", "look3"), x),
-        "at pattern 'look3' matches no read of Probe",
-    ),
-    "a network without updates": (
-        lambda x: apply(intervene(probe(update_after=""), "no_write"), x),
-        r"at pattern '.\*' matches no update of Probe; there are: none$",
-    ),
-    "training": (
-        lambda x: apply(intervene(probe(), "keep"), x, train=True),
-        "interventions are for evaluation: call the network with train=False$",
-    ),
-    "training without writing": (
-        lambda x: apply(intervene(probe(), "no_write"), x, train=True),
-        "interventions are for evaluation",
-    ),
-}
-
-
-def apply(net, x, **kwargs):
-    shapes = jax.eval_shape(probe().init, KEY, x)
-    jax.eval_shape(partial(net.apply, mutable=["batch_stats"], **kwargs), shapes, x)
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refusals_say_in_one_line_what_was_wrong(name):
-    act, message = REFUSALS[name]
+@pytest.mark.parametrize(
+    ("net", "arguments", "message"),
+    [
+        (Net(), ("zero",), "there is no memory to alter: the network is a Net$"),
+        (
+            probe(),
+            ("zeros",),
+            r"is 'zeros', expected one of keep, .*no_write \(did you mean 'zero'",
+        ),
+        (probe(), ("zero", "look("), r"'look\(' is no regular expression: "),
+        (probe(), ("zero", ""), "at is empty, expected a regular expression that matches module"),
+    ],
+)
+def test_intervene_refuses_in_one_line(net, arguments, message):
     with refused(message):
-        act(draw(5, 4))
+        intervene(net, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "message"),
+    [
+        (
+            "zero",
+            "look7",
+            r"at pattern 'look7' matches no read of Probe \(did you mean 'look2'\?\); there are: "
+            "look0, look1, look2$",
+        ),
+        ("zero", "write1", "at pattern 'write1' matches no read of Probe"),
+        ("no_write", "look1", "'look1' matches no update of Probe; there are: write1, write2$"),
+        ("keep", ".*", "interventions are for evaluation: call the network with train=False$"),
+        ("no_write", ".*", "interventions are for evaluation: call the network with train=False$"),
+    ],
+)
+def test_refusals_say_in_one_line_what_was_wrong(kind, at, message):
+    aim, variables = probed(draw(5, 4))
+    for altered in (intervene(aim, kind, at), intervene(intervene(aim, "mean"), kind, at)):
+        with refused(message):
+            altered.apply(variables, draw(5, 4), train=at == ".*", mutable=["batch_stats"])
+
+
+def test_networks_without_updates_have_none_to_silence():
+    aim, variables = probed(draw(5, 4), update_after="")
+    with refused(r"at pattern '.\*' matches no update of Probe; there are: none$"):
+        intervene(aim, "no_write").apply(variables, draw(5, 4))

@@ -9,36 +9,17 @@ import numpy as np
 import pytest
 
 from aim_flax import Memory, MemoryUpdate, fit
-from aim_flax.errors import UsageError
 from aim_flax.memory import average_pool_to, check_memory, distinct_values, pair
+from tests.arrays import KEY, count, draw, random_variables
+from tests.asserts import assert_close, assert_equal, refused
+from tests.networks import weights_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-KEY = jax.random.key(0)
-
-
-def random_like(shapes, seed=0):
-    """Draws an array for every shape of a tree; variances are positive."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        if path[-1].key == "var":
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
-        return rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def count(tree) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def counting_memory(shape, batch=1, dtype=np.int32):
     """A memory of 1, 2, 3, ...: no float is zero and no two are equal."""
     return np.arange(1, batch * math.prod(shape) + 1, dtype=dtype).reshape(batch, *shape)
-
-
-# --- fit ---------------------------------------------------------------------------------------
 
 
 def test_fit_keeps_every_float_once_whatever_the_sizes():
@@ -82,36 +63,30 @@ def test_fit_of_a_memory_that_the_map_divides():
         np.testing.assert_array_equal(out[0].ravel(), expected)
 
 
-def test_fit_of_a_square_memory_is_centred_in_a_larger_map():
-    m = counting_memory((4, 4, 4))  # 64 floats, a square of 8 x 8
-    for size in (9, 12, 15):
-        expected = np.zeros((size, size), np.int32)
-        first = (size - 8) // 2
-        for i in range(8):
-            for j in range(8):
-                expected[first + i, first + j] = m.ravel()[i * 8 + j]
-        np.testing.assert_array_equal(fit(m, size, size)[0, :, :, 0], expected)
+SQUARE = np.arange(1, 65).reshape(8, 8)
+# Of 6 floats in a square of 9 in the middle: 1 zero in front, 2 behind.
+IN_A_SQUARE = [[0, 0, 1, 2, 0, 0], [0, 3, 4, 5, 0, 0], [0, 6, 0, 0, 0, 0], [0] * 6]
 
 
-def test_fit_pads_a_memory_that_is_no_square_in_front_and_behind():
-    m = counting_memory((1, 3, 2))  # 6 floats in a square of 9: 1 zero in front, 2 behind
-    expected = np.zeros((4, 6), np.int32)
-    expected[0:3, 1:4] = [[0, 1, 2], [3, 4, 5], [6, 0, 0]]
-    np.testing.assert_array_equal(fit(m, 4, 6)[0, :, :, 0], expected)
-
-
-def test_fit_pads_the_tail_where_the_map_does_not_divide_the_memory():
-    m = counting_memory((1, 5, 2))  # 10 floats on 2 x 2: 3 channels, 2 zeros at the end
-    expected = np.append(np.arange(1, 11), [0, 0]).reshape(2, 2, 3)
-    np.testing.assert_array_equal(fit(m, 2, 2)[0], expected)
-
-
-@pytest.mark.parametrize("size", [(2, 9), (9, 2), (1, 11), (11, 1)])
-def test_fit_lays_out_a_memory_along_a_map_too_thin_for_its_square(size):
-    m = counting_memory((2, 2, 2))  # 8 floats, a square of 3 x 3
-    expected = np.zeros(math.prod(size), np.int32)
-    expected[:8] = np.arange(1, 9)
-    np.testing.assert_array_equal(fit(m, *size)[0, :, :, 0], expected.reshape(size))
+@pytest.mark.parametrize(
+    ("shape", "size", "expected"),
+    [
+        ((1, 3, 2), (4, 6), IN_A_SQUARE),
+        # A square of 8 x 8 in the middle of larger maps.
+        *(((4, 4, 4), (8 + n, 8 + n), np.pad(SQUARE, (n // 2, n - n // 2))) for n in (1, 4, 7)),
+        # 10 floats on 2 x 2: 3 channels, 2 zeros at the end.
+        ((1, 5, 2), (2, 2), [*range(1, 11), 0, 0]),
+        # Maps too thin for 8 floats in a square of 3 x 3.
+        ((2, 2, 2), (2, 9), [*range(1, 9), *[0] * 10]),
+        ((2, 2, 2), (9, 2), [*range(1, 9), *[0] * 10]),
+        ((2, 2, 2), (1, 11), [*range(1, 9), *[0] * 3]),
+        ((2, 2, 2), (11, 1), [*range(1, 9), *[0] * 3]),
+    ],
+)
+def test_fit_pads_where_memory_and_map_do_not_go_together(shape, size, expected):
+    found = fit(counting_memory(shape), *size)
+    assert found.shape[1:3] == size
+    np.testing.assert_array_equal(found.ravel(), np.ravel(expected))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
@@ -122,9 +97,6 @@ def test_fit_keeps_the_dtype_and_the_examples_apart(dtype, size):
     assert together.dtype == dtype
     for i in range(3):
         np.testing.assert_array_equal(together[i : i + 1], fit(m[i : i + 1], *size))
-
-
-# --- Memory ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,24 +122,18 @@ def test_memory_has_this_shape_and_so_many_parameters(kind, shape, kernel_size, 
     assert count(variables) == parameters
 
 
-def test_content_of_a_1x1_convolution_is_weights_plus_bias_everywhere():
-    memory = Memory((3, 4, 5))
-    params = random_like(jax.eval_shape(memory.init, KEY))
-    conv = params["params"]["conv"]
-    expected = conv["kernel"][0, 0].sum(axis=0) + conv["bias"]
-    content = memory.apply(params)
-    np.testing.assert_allclose(content, np.broadcast_to(expected, (1, 3, 4, 5)), rtol=1e-5)
+@pytest.mark.parametrize(("shape", "kind"), [((2, 2, 5), "conv"), ((5,), "dense")])
+def test_content_is_weights_plus_bias_everywhere(shape, kind):
+    memory = Memory(shape, kind)
+    variables = random_variables(memory)
+    expected = weights_of({"params": {"memory": variables["params"]}})
+    assert_close(memory.apply(variables), expected)
 
 
-def test_content_of_dense_and_direct_memories():
-    dense = Memory((5,), "dense")
-    params = random_like(jax.eval_shape(dense.init, KEY))
-    layer = params["params"]["dense"]
-    expected = layer["kernel"].sum(axis=0) + layer["bias"]
-    np.testing.assert_allclose(dense.apply(params)[0], expected, rtol=1e-5)
-    direct = Memory((2, 3, 4), "direct")
-    params = random_like(jax.eval_shape(direct.init, KEY))
-    np.testing.assert_array_equal(direct.apply(params)[0], params["params"]["content"])
+def test_content_of_direct_memories_is_their_parameter():
+    memory = Memory((2, 3, 4), "direct")
+    variables = random_variables(memory)
+    assert_equal(memory.apply(variables)[0], variables["params"]["content"])
 
 
 def test_new_memories_have_content_of_about_unit_variance():
@@ -236,9 +202,8 @@ def test_distinct_values_of_the_published_memory_and_of_the_other_kinds():
 )
 def test_bad_shapes_and_kinds_are_told_in_one_line(shape, kind, message):
     for use in (check_memory, distinct_values, lambda *args: Memory(*args).init(KEY)):
-        with pytest.raises(UsageError, match=message) as refusal:
+        with refused(message):
             use(shape, kind)
-        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("size", [0, -1, (3,), (3, 0), (3, 3, 3), 2.5, (3, 2.5), None])
@@ -250,23 +215,8 @@ def test_bad_kernel_sizes_are_told_in_one_line(size):
         lambda: Memory((2, 2, 3), "conv", size).init(KEY),
         lambda: MemoryUpdate(kernel_size=size).init(KEY, image, m),
     ):
-        with pytest.raises(UsageError, match="a kernel size is a positive int or two of them"):
+        with refused("a kernel size is a positive int or two of them"):
             use()
-
-
-# --- MemoryUpdate ------------------------------------------------------------------------------
-
-
-def test_published_update_blocks_have_393216_parameters_and_running_statistics():
-    total = 0
-    for size, channels in ((112, 256), (56, 512), (28, 1024)):
-        x = jax.ShapeDtypeStruct((16, size, size, channels), jnp.float32)
-        m = jax.ShapeDtypeStruct((16, 7, 7, 1024), jnp.float32)
-        new, variables = jax.eval_shape(MemoryUpdate().init_with_output, KEY, x, m)
-        assert new.shape == (16, 7, 7, 1024)
-        assert count(variables["batch_stats"]) == 2 * (16 + 16 + 32)
-        total += count(variables)
-    assert total == 393_216
 
 
 @pytest.mark.parametrize(
@@ -304,88 +254,65 @@ def test_parameter_counts_of_update_blocks():
     assert parameters(narrow, (1, 8, 8, 5), (1, 2, 2, 4)) == 3 * 6 * 2 + 2 + 4 + 2 * 4 + 4
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def dense_update_by_hand(variables, h, train):
-    params, stats = variables["params"], variables["batch_stats"]
+def update_by_hand(variables, kind, h, train=False):
+    """Returns the last features and norms' inputs; kernels are of 1x1, so all is products."""
+    params, seen = variables["params"], []
+    axes = tuple(range(h.ndim - 1))
     for i in (1, 2, 3):
-        layer, norm = params[f"dense{i}"], params[f"norm{i}"]
-        h = h @ layer["kernel"] + layer["bias"]
-        seen = {"mean": h.mean(axis=0), "var": h.var(axis=0)} if train else stats[f"norm{i}"]
-        h = (h - seen["mean"]) / np.sqrt(seen["var"] + 1e-3) * norm["scale"] + norm["bias"]
-        h = sigmoid(h)
-    return h @ params["output"]["kernel"] + params["output"]["bias"]
+        layer, norm = params[f"{kind}{i}"], params[f"norm{i}"]
+        h = h @ layer["kernel"].reshape(h.shape[-1], -1) + layer["bias"]
+        seen.append({"mean": h.mean(axis=axes), "var": h.var(axis=axes)})
+        stats = seen[-1] if train else variables["batch_stats"][f"norm{i}"]
+        h = (h - stats["mean"]) / np.sqrt(stats["var"] + 1e-3) * norm["scale"] + norm["bias"]
+        h = 1 / (1 + np.exp(-h))
+    return h, seen
+
+
+def last_layer(variables, h):
+    layer = variables["params"]["output"]
+    return h @ layer["kernel"].reshape(h.shape[-1], -1) + layer["bias"]
 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_dense_update_is_what_the_formula_says(train):
-    rng = np.random.default_rng(1)
-    x, m = rng.normal(size=(6, 3, 5)).astype(np.float32), np.float32([[0.3, -1.0]])
+    x, m = draw(6, 3, 5), np.float32([[0.3, -1.0]])
     update = MemoryUpdate()
-    variables = random_like(jax.eval_shape(update.init, KEY, x, m))
-    new = update.apply(variables, x, m, train=train, mutable=["batch_stats"] if train else False)
-    new = new[0] if train else new
+    variables = random_variables(update, x, m)
+    new, after = update.apply(variables, x, m, train=train, mutable=["batch_stats"])
     # Axes between batch and features are averaged; the memory is the same for all examples.
     joined = np.concatenate([x.mean(axis=1), np.repeat(m, 6, axis=0)], axis=1)
-    np.testing.assert_allclose(new, dense_update_by_hand(variables, joined, train), atol=1e-5)
+    h, seen = update_by_hand(variables, "dense", joined, train)
+    assert_close(new, last_layer(variables, h))
+    before = variables["batch_stats"]
+    expected = dict(before)
+    if train:
+        for i, stats in enumerate(seen, start=1):
+            moved = {n: 0.99 * before[f"norm{i}"][n] + 0.01 * stats[n] for n in stats}
+            expected[f"norm{i}"] = moved
+        assert_close(after["batch_stats"], expected)
+    else:
+        assert_equal(after["batch_stats"], expected)
 
 
 def test_convolutional_update_is_what_the_formula_says():
-    # 1x1 kernels, so that the convolutions are matrix products.
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(3, 6, 4, 5)).astype(np.float32)
-    m = rng.normal(size=(3, 3, 2, 4)).astype(np.float32)
+    x, m = draw(3, 6, 4, 5), draw(3, 3, 2, 4)
     update = MemoryUpdate(kernel_size=1)
-    variables = random_like(jax.eval_shape(update.init, KEY, x, m))
-    params = variables["params"]
-    h = np.concatenate([x, m.reshape(3, 6, 4, 1)], axis=-1)  # 24 floats on 24 positions
-    for i in (1, 2, 3):
-        layer, norm, seen = (
-            tree[name]
-            for tree, name in (
-                (params, f"conv{i}"),
-                (params, f"norm{i}"),
-                (variables["batch_stats"], f"norm{i}"),
-            )
-        )
-        h = h @ layer["kernel"][0, 0] + layer["bias"]
-        h = (h - seen["mean"]) / np.sqrt(seen["var"] + 1e-3) * norm["scale"] + norm["bias"]
-        h = sigmoid(h)
+    variables = random_variables(update, x, m)
+    joined = np.concatenate([x, m.reshape(3, 6, 4, 1)], axis=-1)  # 24 floats on 24 positions
+    h, _ = update_by_hand(variables, "conv", joined)
     h = h.reshape(3, 3, 2, 2, 2, 32).mean(axis=(2, 4))
-    expected = h @ params["output"]["kernel"][0, 0] + params["output"]["bias"]
-    np.testing.assert_allclose(update.apply(variables, x, m), expected, atol=1e-5)
-
-
-def test_running_statistics_change_only_in_training():
-    rng = np.random.default_rng(1)
-    x, m = rng.normal(size=(6, 5)).astype(np.float32), np.ones((1, 2), np.float32)
-    update = MemoryUpdate()
-    variables = random_like(jax.eval_shape(update.init, KEY, x, m))
-    before = variables["batch_stats"]
-    _, evaluated = update.apply(variables, x, m, train=False, mutable=["batch_stats"])
-    jax.tree.map(np.testing.assert_array_equal, evaluated["batch_stats"], before)
-    _, trained = update.apply(variables, x, m, train=True, mutable=["batch_stats"])
-    layer = variables["params"]["dense1"]
-    h = np.concatenate([x, np.repeat(m, 6, axis=0)], axis=1) @ layer["kernel"] + layer["bias"]
-    after = trained["batch_stats"]["norm1"]
-    for name, seen in (("mean", h.mean(axis=0)), ("var", h.var(axis=0))):
-        expected = 0.99 * before["norm1"][name] + 0.01 * seen
-        np.testing.assert_allclose(after[name], expected, rtol=1e-5)
+    assert_close(update.apply(variables, x, m), last_layer(variables, h))
 
 
 def test_momentum_and_epsilon_reach_the_norms():
     x, m = np.float32([[1.0, 2.0], [3.0, 5.0]]), np.ones((1, 2), np.float32)
-    variables = random_like(jax.eval_shape(MemoryUpdate().init, KEY, x, m))
+    variables = random_variables(MemoryUpdate(), x, m)
     update = MemoryUpdate(momentum=0.0, epsilon=10.0)
     _, trained = update.apply(variables, x, m, train=True, mutable=["batch_stats"])
-    layer = variables["params"]["dense1"]
-    h = np.concatenate([x, np.repeat(m, 2, axis=0)], axis=1) @ layer["kernel"] + layer["bias"]
-    np.testing.assert_allclose(trained["batch_stats"]["norm1"]["mean"], h.mean(axis=0), rtol=1e-5)
-    assert not np.allclose(
-        update.apply(variables, x, m), MemoryUpdate().apply(variables, x, m), atol=1e-3
-    )
+    _, seen = update_by_hand(variables, "dense", np.float32([[1, 2, 1, 1], [3, 5, 1, 1]]))
+    assert_close(trained["batch_stats"]["norm1"], seen[0])
+    usual = MemoryUpdate().apply(variables, x, m)
+    assert not np.allclose(update.apply(variables, x, m), usual, atol=1e-3)
 
 
 def test_update_computes_in_its_dtype_and_keeps_float32_parameters():
@@ -398,60 +325,38 @@ def test_update_computes_in_its_dtype_and_keeps_float32_parameters():
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
 
 
-# --- average_pool_to ---------------------------------------------------------------------------
+def adaptive(n, out):
+    """Returns PyTorch's windows: the i-th covers floor(i n / out) to ceil((i + 1) n / out)."""
+    return [slice(math.floor(i * n / out), math.ceil((i + 1) * n / out)) for i in range(out)]
 
 
-def adaptive_by_hand(x, rows, columns):
-    """PyTorch's definition: window i covers floor(i n / out) to ceil((i + 1) n / out)."""
-    height, width = x.shape[1:3]
-    out = np.zeros((x.shape[0], rows, columns, x.shape[3]), np.float64)
-    for i in range(rows):
-        top, bottom = math.floor(i * height / rows), math.ceil((i + 1) * height / rows)
-        for j in range(columns):
-            left, right = math.floor(j * width / columns), math.ceil((j + 1) * width / columns)
-            out[:, i, j] = x[:, top:bottom, left:right].mean(axis=(1, 2))
-    return out
+def equal(n, out):
+    """Returns windows of the same size; what is left over at the end is left out."""
+    return [slice(i * (n // out), (i + 1) * (n // out)) for i in range(out)]
 
 
 @pytest.mark.parametrize(
-    ("size", "out"),
+    ("size", "out", "windows"),
     [
-        ((10, 9), (7, 4)),  # windows that overlap
-        ((13, 13), (7, 7)),
-        ((3, 2), (5, 7)),  # smaller than the memory
-        ((1, 1), (3, 2)),
-        ((3, 8), (5, 4)),  # smaller in one direction
-        ((20, 20), (7, 7)),  # windows of 2 would give 10
+        ((10, 9), (7, 4), adaptive),  # windows that overlap
+        ((13, 13), (7, 7), adaptive),
+        ((3, 2), (5, 7), adaptive),  # smaller than the memory
+        ((1, 1), (3, 2), adaptive),
+        ((3, 8), (5, 4), adaptive),  # smaller in one direction
+        ((20, 20), (7, 7), adaptive),  # windows of 2 would give 10
+        ((28, 14), (7, 7), equal),
+        ((15, 15), (7, 7), equal),  # windows of 2, the last row and column left out, as published
+        ((7, 6), (7, 2), equal),
+        ((9, 4), (4, 4), equal),
     ],
 )
-def test_pooling_is_adaptive_where_windows_do_not_fit(size, out):
-    x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
-    np.testing.assert_allclose(average_pool_to(x, *out), adaptive_by_hand(x, *out), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("size", "out"),
-    [
-        ((28, 14), (7, 7)),
-        ((15, 15), (7, 7)),  # windows of 2, the last row and column left out, as published
-        ((7, 6), (7, 2)),
-        ((9, 4), (4, 4)),
-    ],
-)
-def test_pooling_uses_windows_where_they_fit(size, out):
-    x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
-    high, wide = (n // o for n, o in zip(size, out, strict=True))
+def test_pooling_is_adaptive_where_equal_windows_do_not_fit(size, out, windows):
+    x = draw(2, *size, 3)
     expected = np.zeros((2, *out, 3))
-    for i in range(out[0]):
-        for j in range(out[1]):
-            window = x[:, i * high : (i + 1) * high, j * wide : (j + 1) * wide]
-            expected[:, i, j] = window.mean(axis=(1, 2))
-    np.testing.assert_allclose(average_pool_to(x, *out), expected, atol=1e-6)
-
-
-def test_windows_equal_adaptive_pooling_where_they_divide_the_map():
-    x = np.random.default_rng(0).normal(size=(2, 12, 8, 3)).astype(np.float32)
-    np.testing.assert_allclose(average_pool_to(x, 4, 2), adaptive_by_hand(x, 4, 2), atol=1e-6)
+    for i, rows in enumerate(windows(size[0], out[0])):
+        for j, columns in enumerate(windows(size[1], out[1])):
+            expected[:, i, j] = x[:, rows, columns].mean(axis=(1, 2))
+    assert_close(average_pool_to(x, *out), expected, 1e-6)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 11), (2, 3)])

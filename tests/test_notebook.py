@@ -56,11 +56,8 @@ def test_cells_run_in_order_and_what_the_notebook_says_is_true(capsys):
 def test_outputs_are_saved_and_name_no_errors():
     assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
     outputs = [output for cell in CODE for output in cell["outputs"]]
-    assert {output["output_type"] for output in outputs} == {
-        "stream",
-        "execute_result",
-        "display_data",
-    }
+    kinds = {"stream", "execute_result", "display_data"}
+    assert {output["output_type"] for output in outputs} == kinds
     assert all(output.get("name", "stdout") == "stdout" for output in outputs)
     assert "image/png" in CODE[-1]["outputs"][-1]["data"]
     for cell in CODE:

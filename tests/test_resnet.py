@@ -1,6 +1,5 @@
-"""ResNet: exact sizes, the published network's numbers, training."""
+"""ResNet: sizes of maps and stages, the published network's numbers, 1x1 convolutions."""
 
-import math
 from functools import partial
 
 import jax
@@ -10,47 +9,26 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from aim_flax import AiM, Memory, MemoryUpdate
-from aim_flax.errors import UsageError
 from aim_flax.models.keras_weights import split_reads, variables_from_keras
 from aim_flax.models.pointwise import pointwise_einsum
 from aim_flax.models.resnet import ResNet
-from tests.one_batch import loss_and_grads, photographs, train
-from tests.published import GOLDEN, images_and_labels, keras_names, keras_weights, published
+from tests.arrays import KEY, count, draw, shapes_of
+from tests.asserts import assert_close
+from tests.one_batch import loss_and_grads, photographs
+from tests.published import (
+    GOLDEN,
+    images_and_labels,
+    keras_names,
+    keras_weights,
+    published,
+    shapes,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-PUBLISHED_MEMORY = (7, 7, 1024)
-
-
-def shapes_of(net, size):
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    return jax.eval_shape(net.init, jax.random.key(0), images)
-
-
-def count(shapes):
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-
-
-# Parameters and running statistics. Sources: the published code, run; ResNet50 without the biases
-# of its convolutions and with 1000 classes has 25,557,032 parameters in torchvision.
-@pytest.mark.parametrize(
-    ("net", "expected"),
-    [
-        (published(100, PUBLISHED_MEMORY), 26_673_380),
-        (published(120, PUBLISHED_MEMORY), 26_714_360),
-        (ResNet(100), 23_792_612),
-        (ResNet(120), 23_833_592),
-        (ResNet(120, stem_stride=1), 23_833_592),
-        (ResNet(1000, conv_bias=False), 25_557_032 + 53_120),
-    ],
-)
-def test_counts(net, expected):
-    assert count(shapes_of(net, 224)) == expected
-
 
 def test_count_of_each_part_of_the_memory():
-    shapes = flatten_dict(shapes_of(published(120, PUBLISHED_MEMORY, "add"), 224))
+    shapes = flatten_dict(shapes_of(published(120, (7, 7, 1024), "add"), 224))
 
     def part(name):
         return count({path: leaf for path, leaf in shapes.items() if name in path})
@@ -61,10 +39,6 @@ def test_count_of_each_part_of_the_memory():
     assert reads + updates + sum(memories) == 2_880_768 == 26_714_360 - 23_833_592
 
 
-def test_small_published_network_has_its_count():
-    assert count(shapes_of(published(10, (7, 7, 32)), 112)) == GOLDEN["params"]
-
-
 @pytest.mark.parametrize(("stem_stride", "sizes"), [(1, (112, 56, 28, 14)), (2, (56, 28, 14, 7))])
 def test_block_outputs_can_be_captured_and_have_the_published_sizes(stem_stride, sizes):
     def blocks(images):
@@ -72,7 +46,7 @@ def test_block_outputs_can_be_captured_and_have_the_published_sizes(stem_stride,
             return method == "__call__" and module.path and module.path[-1].endswith("_block1")
 
         net = ResNet(10, stem_stride=stem_stride)
-        variables = net.init(jax.random.key(0), images)
+        variables = net.init(KEY, images)
         return net.apply(variables, images, capture_intermediates=is_block)[1]["intermediates"]
 
     outputs = jax.eval_shape(blocks, jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32))
@@ -81,25 +55,13 @@ def test_block_outputs_can_be_captured_and_have_the_published_sizes(stem_stride,
         assert output.shape == (2, size, size, 128 * 2**stage)
 
 
-def test_submodule_names_are_the_papers():
-    params = shapes_of(ResNet(10, stage_sizes=(1, 2)), 32)["params"]
-    block = {"conv1", "norm1", "conv2", "norm2", "conv3", "norm3"}
-    assert {name: set(children) for name, children in params.items()} == {
-        "stem": {"conv", "norm"},
-        "stage1_block1": block | {"shortcut", "shortcut_norm"},
-        "stage2_block1": block | {"shortcut", "shortcut_norm"},
-        "stage2_block2": block,
-        "head": {"kernel", "bias"},
-    }
-
-
 def test_cifar_stem_keeps_the_size():
     net = ResNet(10, stage_sizes=(1,), width=8, stem="cifar")
     shapes = shapes_of(net, 32)["params"]
     assert shapes["stem"]["conv"]["kernel"].shape == (3, 3, 3, 8)
 
     def stem(images):
-        variables = net.init(jax.random.key(0), images)
+        variables = net.init(KEY, images)
         outputs = net.apply(variables, images, capture_intermediates=True)[1]["intermediates"]
         return outputs["stem"]["__call__"][0]
 
@@ -119,26 +81,6 @@ def test_width_of_each_stage():
     assert params["head"]["kernel"].shape == (28, 10)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            dict(width=(8, 16)),
-            "width is (8, 16), expected a number or one for each of 4 stages",
-        ),
-        (
-            dict(stem="imagenett"),
-            "stem is 'imagenett', expected one of imagenet, cifar (did you mean 'imagenet'?)",
-        ),
-        (dict(pointwise="dot"), "pointwise is 'dot', expected one of einsum, conv"),
-    ],
-)
-def test_unknown_options_are_refused(options, message):
-    with pytest.raises(UsageError) as error:
-        shapes_of(ResNet(10, **options), 32)
-    assert str(error.value) == message
-
-
 def relative(ours, golden):
     ours, golden = np.asarray(ours, np.float64), np.asarray(golden)
     return np.linalg.norm(ours - golden) / np.linalg.norm(golden)
@@ -147,7 +89,7 @@ def relative(ours, golden):
 def golden_run(read_mode, dtype):
     """Network, variables and images of the published numbers, in `dtype`."""
     net = published(GOLDEN["classes"], tuple(GOLDEN["memory_shape"]), read_mode, dtype)
-    variables = variables_from_keras(keras_weights())
+    variables = variables_from_keras(keras_weights(), shapes())
     if read_mode == "add":
         variables = split_reads(variables, shapes_of(net.backbone, 112)["params"])
     images, labels = images_and_labels()
@@ -205,56 +147,14 @@ def test_published_training_step(read_mode):
     assert max(norms[name] for name in cancelled) < 1e-11
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("memory", [False, True])
-def test_overfits_one_batch_of_photographs(memory):
-    net = ResNet(4, stage_sizes=(1, 2), width=8, stem="cifar", momentum=0.8)
-    images, labels = photographs(8, 16, 16), jnp.arange(8) % 4
-    if memory:
-        net = AiM(
-            net,
-            Memory((7, 7, 4)),
-            read=r"stage\d_block\d/conv1",
-            update_after=r"stage1_block1",
-            update=MemoryUpdate(momentum=0.8),
-        )
-    losses, before, after = train(net, images, labels, steps=80)
-    assert losses[0] > 1
-    assert losses[-1] < 0.01
-    logits = jax.jit(net.apply)(after, images)
-    np.testing.assert_array_equal(logits.argmax(-1), labels)
-    if memory:
-        content = [variables["params"]["memory"]["conv"] for variables in (before, after)]
-        change = jax.tree.map(lambda a, b: jnp.abs(a - b).min(), *content)
-        assert all(leaf > 0 for leaf in jax.tree.leaves(change))
-
-
-@pytest.mark.slow
-def test_trains_on_odd_sizes_and_maps_smaller_than_the_memory():
-    # 97x61 px become maps of 25x16 and 13x8.
-    net = AiM(
-        ResNet(5, stage_sizes=(1, 1), width=4),
-        Memory((15, 15, 2)),
-        read=r"stage\d_block\d/conv1|head",
-        update_after=r"stage\d_block1",
-    )
-    losses, before, after = train(net, photographs(2, 97, 61), jnp.array([0, 3]), steps=2)
-    assert np.isfinite(losses).all()
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
-    # The last map, smaller than the memory, is written into it and read by the head.
-    last = [variables["params"]["stage2_block1"]["memory_update"] for variables in (before, after)]
-    assert all((a != b).any() for a, b in zip(*(v["output"].values() for v in last), strict=True))
-
-
 def convolve(conv_general_dilated, shape, **options):
     """A convolution, and the gradients with respect to kernel and images, of random numbers."""
-    rng = np.random.default_rng(0)
     net = nn.Conv(6, use_bias=False, conv_general_dilated=conv_general_dilated, **options)
-    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    kernel = jax.eval_shape(net.init, jax.random.key(0), x)["params"]["kernel"]
-    kernel = jnp.asarray(rng.normal(size=kernel.shape), jnp.float32)
+    x = jnp.asarray(draw(*shape))
+    kernel = jax.eval_shape(net.init, KEY, x)["params"]["kernel"]
+    kernel = jnp.asarray(draw(*kernel.shape, seed=1))
     y = jax.eval_shape(net.apply, {"params": {"kernel": kernel}}, x)
-    cotangent = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    cotangent = jnp.asarray(draw(*y.shape, seed=2))
 
     @jax.jit
     def run(kernel, x):
@@ -286,7 +186,7 @@ def test_pointwise_einsum_equals_the_convolution(options):
     ours = convolve(pointwise_einsum, shape, **options)
     theirs = convolve(None, shape, **options)
     assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, theirs)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), ours, theirs)
+    assert_close(ours, theirs)
 
 
 def test_pointwise_einsum_is_a_product_only_where_it_may_be():
@@ -304,18 +204,15 @@ def test_pointwise_einsum_is_a_product_only_where_it_may_be():
 
 
 def test_pointwise_einsum_follows_other_dimension_numbers():
-    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 5))
-    kernel = jax.random.normal(jax.random.key(1), (4, 3, 1, 1))
+    x, kernel = jnp.asarray(draw(2, 3, 5, 5)), jnp.asarray(draw(4, 3, 1, 1, seed=1))
     ours = pointwise_einsum(x, kernel, (1, 1), "VALID")
-    np.testing.assert_allclose(
-        ours, jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID"), rtol=1e-5, atol=1e-5
-    )
+    assert_close(ours, jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID"))
 
 
 def test_resnet_with_einsum_equals_resnet_with_convolutions():
     images = photographs(2, 33, 40)
     nets = [ResNet(3, (1, 1), 8, pointwise=pointwise) for pointwise in ("einsum", "conv")]
-    variables = jax.jit(nets[0].init)(jax.random.key(0), images)
+    variables = jax.jit(nets[0].init)(KEY, images)
     programs = [jax.jit(net.apply).trace(variables, images) for net in nets]
     # Two 1x1 convolutions and a shortcut in each block; the head is a product in both.
     assert [str(program.jaxpr).count("dot_general") for program in programs] == [2 * 3 + 1, 1]

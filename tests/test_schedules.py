@@ -1,6 +1,5 @@
 """Learning rates, plateaus and early stopping."""
 
-import csv
 from pathlib import Path
 
 import jax
@@ -10,7 +9,6 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from aim_flax.errors import UsageError
 from aim_flax.train.optimizer import (
     best_epoch,
     build_optimizer,
@@ -19,6 +17,8 @@ from aim_flax.train.optimizer import (
     select_epoch,
     should_stop,
 )
+from tests.asserts import assert_equal, refused
+from tests.runs import read_csv
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -27,8 +27,8 @@ DATA = Path(__file__).parent / "data"
 
 def published(network: str) -> list[dict[str, float]]:
     """Per-epoch figures that the author's own run printed."""
-    with (DATA / f"published_history_{network}.csv").open() as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    rows = read_csv(DATA / f"published_history_{network}.csv")
+    return [{k: float(v) for k, v in row.items()} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -80,18 +80,17 @@ def config(**changes) -> ConfigDict:
     return ConfigDict(values)
 
 
-def test_constant_schedule_with_warmup():
-    schedule = build_schedule(config(schedule__warmup_epochs=2.0), steps_per_epoch=5)
-    rates = [float(schedule(step)) for step in (0, 5, 10, 49)]
-    assert rates == pytest.approx([0.0, 0.25, 0.5, 0.5])
-
-
-def test_cosine_schedule_goes_to_zero_at_the_end():
-    schedule = build_schedule(
-        config(schedule__name="cosine", schedule__warmup_epochs=2.0), steps_per_epoch=5
-    )
-    rates = [float(schedule(step)) for step in (0, 10, 30, 50)]
-    assert rates == pytest.approx([0.0, 0.5, 0.25, 0.0], abs=1e-7)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", {0: 0.0, 5: 0.25, 10: 0.5, 49: 0.5}),
+        ("cosine", {0: 0.0, 10: 0.5, 30: 0.25, 50: 0.0}),
+    ],
+)
+def test_schedules_warm_up_and_cosine_goes_to_zero_at_the_end(name, expected):
+    warm = config(schedule__name=name, schedule__warmup_epochs=2.0)
+    schedule = build_schedule(warm, steps_per_epoch=5)
+    assert {step: float(schedule(step)) for step in expected} == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_cosine_schedule_goes_to_zero_at_the_end():
 )
 def test_wrong_options_are_named(changes, message):
     wrong = config(**changes)
-    with pytest.raises(UsageError, match=message):
+    with refused(message):
         build_optimizer(wrong, build_schedule(wrong, steps_per_epoch=5))
 
 
@@ -162,10 +161,7 @@ LATCHED = {
 @pytest.mark.parametrize("scale", [0.0, 0.25, 3.0])
 @pytest.mark.parametrize(
     "optimizer",
-    [
-        {"optimizer__name": "adamw", "optimizer__weight_decay": 0.1},
-        {"optimizer__momentum": 0.9},
-    ],
+    [{"optimizer__name": "adamw", "optimizer__weight_decay": 0.1}, {"optimizer__momentum": 0.9}],
     ids=["adamw", "sgd"],
 )
 def test_learning_rate_scale_is_that_of_the_memories_alone(optimizer, scale):
@@ -174,7 +170,7 @@ def test_learning_rate_scale_is_that_of_the_memories_alone(optimizer, scale):
         for changes in ({}, {"memory__learning_rate_scale": scale})
     ]
     plain, scaled = (steps(transformation, LATCHED) for transformation in build)
-    jax.tree.map(np.testing.assert_array_equal, scaled["layer"], plain["layer"])
+    assert_equal(scaled["layer"], plain["layer"])
     for name in ("memory", "memory_initial"):
         before, after, usual = (tree[name]["dense"]["kernel"] for tree in (LATCHED, scaled, plain))
         assert not np.array_equal(before, usual)

@@ -1,8 +1,6 @@
 """Images that stream through the host: the same batches however they are loaded."""
 
-import csv
-import os
-import signal
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -10,20 +8,22 @@ import numpy as np
 import pytest
 
 from aim_flax import config as configs
-from aim_flax.data.load import load_dataset, open_dataset, prepare
-from aim_flax.data.reading import Reader
+from aim_flax.data import dataset
+from aim_flax.data.digits import load_digits
+from aim_flax.data.load import decode_if_small, load_dataset, open_dataset
 from aim_flax.data.records import EncodedDataset
 from aim_flax.data.streamed import Streamed
 from aim_flax.devices import Devices
-from aim_flax.errors import DataError, InterruptionError, UsageError
+from aim_flax.errors import DataError
 from aim_flax.train import loop
 from aim_flax.train.evaluate_run import evaluate_run
-from tests.photos import Photos, write_folder
-from tests.test_training import assert_same_end
+from tests.asserts import assert_close, assert_equal, refused
+from tests.photos import Photos, folder, write_folder
+from tests.processes import interrupted
+from tests.runs import assert_same_end, history
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "image_folder_resnet50.py")
 SHAPE = (8, 8, 3)
 AUGMENT = {"crop": 0.5, "rotation": 0.1, "translation": 0.1, "flip_horizontal": True}
 KINDS = ("pmap", "shard_map")
@@ -32,19 +32,7 @@ KINDS = ("pmap", "shard_map")
 def streamed(splits=None, threads: int = 2, on_error: str = "stop", classes: int = 3) -> Streamed:
     splits = splits or {"train": Photos(21), "test": Photos(13, seed=100)}
     names = tuple("abcdef"[:classes])
-    return Streamed(Reader(EncodedDataset(names, splits), SHAPE, on_error=on_error), threads)
-
-
-def small(directory: Path) -> tuple[str, ...]:
-    """What makes the real config's network and batches small enough for tests."""
-    network = ("data.image_shape=(8,8,3)", "model.stage_sizes=(1,)", "model.width=4")
-    more = ("model.stem=cifar", "schedule.warmup_epochs=0.0")
-    sizes = ("train.batch_size=8", "eval.batch_size=8", "train.epochs=2")
-    return (f"data.dir={directory}", *network, *more, *sizes)
-
-
-def folder(directory: Path, *assignments: str):
-    return configs.override(configs.load(f"{CONFIG}:control"), (*small(directory), *assignments))
+    return Streamed(EncodedDataset(names, splits), SHAPE, threads, on_error=on_error)
 
 
 def train_batches(dataset, seed, start, stop, count=1, kind="pmap", augmentation=None, size=8):
@@ -65,11 +53,6 @@ def train_batches(dataset, seed, start, stop, count=1, kind="pmap", augmentation
         found.append(devices.fetch(call(data, *keys)))
     feed.close()
     return found
-
-
-def assert_equal(one, other):
-    assert len(one) == len(other)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,11 +83,9 @@ def test_batches_depend_on_seed_and_step_alone(threads):
 def test_devices_share_the_same_batches(kind, count):
     with_contrast = AUGMENT | {"contrast": 0.3}
     reference = train_batches(streamed(), 1, 1, 3, augmentation=with_contrast)
-    for one, other in zip(
-        train_batches(streamed(), 1, 1, 3, count, kind, with_contrast), reference, strict=True
-    ):
-        np.testing.assert_allclose(one[0], other[0], rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(one[1], other[1])
+    shared = train_batches(streamed(), 1, 1, 3, count, kind, with_contrast)
+    assert_close(shared, reference, 1e-6)
+    assert_equal([labels for _, labels in shared], [labels for _, labels in reference])
 
 
 def test_epoch_visits_each_image_at_most_once():
@@ -131,8 +112,8 @@ def test_evaluation_counts_each_image_once(kind, batch_size, count):
     assert not left_out.any()
     photos = Photos(13, seed=100)
     np.testing.assert_array_equal(labels[counted], photos.labels)
-    reader = Reader(EncodedDataset(("a", "b", "c"), {"test": photos}), SHAPE)
-    expected = np.stack([reader.read("test", i)[0] for i in range(13)])
+    dataset = Streamed(EncodedDataset(("a", "b", "c"), {"test": photos}), SHAPE, threads=1)
+    expected = np.stack([dataset.read_one("test", i)[0] for i in range(13)])
     np.testing.assert_array_equal(images[counted], expected)
 
 
@@ -149,10 +130,9 @@ def test_damaged_image_stops_and_is_named(kind, threads):
     photos = Photos(21)
     photos.encoded[9] = DAMAGE[kind](photos.encoded[9])
     dataset = streamed({"train": photos, "test": photos}, threads)
-    with pytest.raises(DataError, match=r"^photo 9 .*data.on_error=skip leaves") as error:
+    with refused(r"^photo 9 .*data.on_error=skip leaves", kind=DataError):
         train_batches(dataset, 0, 0, 4)
-    assert "\n" not in str(error.value)
-    with pytest.raises(DataError, match=r"^photo 9 "):
+    with refused(r"^photo 9 ", kind=DataError):
         list(dataset.eval_batches(Devices("pmap", 1), "test", 8, 1.0))
 
 
@@ -184,23 +164,18 @@ def test_more_than_one_in_a_hundred_stops():
     message = (
         r"^2 of 120 images of the split 'train' can't be read, more than 1%; the last one: photo"
     )
-    with pytest.raises(DataError, match=message):
+    with refused(message, kind=DataError):
         train_batches(dataset, 0, 0, 15)
 
 
 def test_label_out_of_range_is_named():
-    with pytest.raises(DataError, match="photo [258].* has the label 2, expected 0 to 1"):
+    with refused("photo [258].* has the label 2, expected 0 to 1", kind=DataError):
         train_batches(streamed(classes=2), 0, 0, 2)
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("photographs"))
-
-
-def losses(workdir: Path) -> list[float]:
-    with (workdir / "metrics.csv").open() as file:
-        return [float(row["train_loss"]) for row in csv.DictReader(file)]
 
 
 @pytest.mark.slow
@@ -212,9 +187,8 @@ def test_streamed_run_learns_as_the_one_in_memory(tmp_path, photographs):
     for name, megabytes in (("memory", "100.0"), ("streamed", "0.0")):
         limited = configs.override(config, [f"data.in_memory_mb={megabytes}"])
         summaries[name] = loop.run(limited, tmp_path / name, 1, quiet=True)
-    np.testing.assert_allclose(
-        losses(tmp_path / "memory"), losses(tmp_path / "streamed"), rtol=1e-5
-    )
+    losses = [history(tmp_path / name)["train_loss"] for name in summaries]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
     for summary in summaries.values():
         assert summary["test_examples"] == 21
         assert summary["skipped_images"] == 0
@@ -227,17 +201,8 @@ def test_interrupted_streamed_run_goes_on_bit_equal(tmp_path, photographs):
     config = folder(photographs, "data.in_memory_mb=0.0", "data.threads=1")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.run(config, whole, 1, quiet=True)
-    original = loop._Run._check_finite
-
-    def interrupt(self, losses, first_step):
-        original(self, losses, first_step)
-        if first_step == 10:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_check_finite", interrupt)
-        with pytest.raises(InterruptionError, match="saved at step 10"):
-            loop.run(config, parts, 1, quiet=True)
+    with interrupted(9, "saved at step 10"):
+        loop.run(config, parts, 1, quiet=True)
     loop.run(configs.override(config, ["data.threads=3"]), parts, 1, quiet=True)
     assert_same_end(whole, parts)
 
@@ -248,7 +213,7 @@ def test_run_stops_at_a_damaged_image_and_goes_on_once_it_is_repaired(tmp_path):
     file = directory / "val" / "class1" / "0004.png"
     whole = file.read_bytes()
     file.write_bytes(whole[:-40])
-    with pytest.raises(DataError, match=r"val/class1/0004.png cannot be decoded"):
+    with refused("val/class1/0004.png cannot be decoded", kind=DataError):
         loop.run(config, tmp_path / "run", 1, quiet=True)
     file.write_bytes(whole)
     summary = loop.run(config, tmp_path / "run", 1, quiet=True)
@@ -296,9 +261,8 @@ def test_dataset_moved_elsewhere_is_found_by_a_flag(tmp_path, photographs):
     ],
 )
 def test_wrong_data_options_are_one_line(photographs, assignments, message, tmp_path):
-    with pytest.raises(UsageError, match=message) as error:
+    with refused(message):
         loop.run(folder(photographs, *assignments), tmp_path / "run", 1)
-    assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -308,11 +272,7 @@ def test_subset_of_the_training_images_is_the_same_for_each_seed(photographs):
         load_dataset(folder(photographs, "data.train_images=20", f"seed={seed}")).splits
         for seed in (0, 1)
     ]
-    assert {name: len(split) for name, split in subsets[0].items()} == {
-        "train": 20,
-        "val": 12,
-        "test": 21,
-    }
+    assert [len(subsets[0][name]) for name in ("train", "val", "test")] == [20, 12, 21]
     np.testing.assert_array_equal(subsets[0]["train"].images, subsets[1]["train"].images)
     available = {image.tobytes() for image in whole["train"].images}
     chosen = {image.tobytes() for image in subsets[0]["train"].images}
@@ -331,8 +291,20 @@ def test_evaluation_batches_mix_the_classes(photographs):
     assert sorted(set(first.labels[:7])) == [0, 1, 2]
 
 
-def test_prepare_decodes_up_to_the_limit(photographs):
+def test_images_are_decoded_up_to_the_limit(photographs):
     """93 images of 192 bytes: 17,856 bytes."""
     for megabytes, kind in ((17_856 / 2**20, "InMemory"), (17_855 / 2**20, "Streamed")):
         config = folder(photographs, f"data.in_memory_mb={megabytes}")
-        assert type(prepare(open_dataset(config), config)).__name__ == kind
+        assert type(decode_if_small(open_dataset(config), config)).__name__ == kind
+
+
+def test_datasets_and_their_batches_satisfy_the_protocols():
+    devices = Devices("pmap", 1)
+    for data in (load_digits(), streamed()):
+        train = data.train_batches(devices, 4, 16.0, None)
+        evaluation = data.eval_batches(devices, "test", 4, 16.0)
+        with closing(train.feed(0, 0, 1)) as feed:
+            assert isinstance(feed, dataset.Feed)
+        assert isinstance(data, dataset.Dataset)
+        assert isinstance(train, dataset.TrainBatches)
+        assert isinstance(evaluation, dataset.EvalBatches)

@@ -1,19 +1,18 @@
 """A study's report: what it says of recorded studies and of runs that failed, and its plots."""
 
-import csv
 import re
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from scipy import stats
 
-from aim_flax.errors import UsageError
 from aim_flax.statistics import compare
 from aim_flax.study import report as study_report
 from aim_flax.study import results
 from aim_flax.study import table as study_table
 from aim_flax.train.report import HISTORY_COLUMNS, write_metrics
+from tests.asserts import refused
+from tests.runs import read_csv
 from tests.test_comparison import recorded
 
 COMMAND = "python ablate.py --config configs/digits_mlp.py --arms half,eighth --seeds 20"
@@ -97,8 +96,7 @@ def test_results_have_a_row_per_run_that_the_table_reads(tmp_path):
     rows = recorded("planted")
     rows[25] = failed(rows[25], "diverged at step 30")
     write(tmp_path, rows)
-    with (tmp_path / "results.csv").open() as file:
-        written = list(csv.DictReader(file))
+    written = read_csv(tmp_path / "results.csv")
     assert tuple(written[0]) == results.COLUMNS
     assert [(row["arm"], row["seed"]) for row in written] == [(r["arm"], r["seed"]) for r in rows]
     assert written[25]["status"] == "diverged at step 30"
@@ -170,17 +168,30 @@ def test_mean_curve_is_scipys():
     assert half is None
 
 
-def test_no_mean_is_drawn_over_the_runs_that_are_left():
+def test_no_mean_is_drawn_over_the_runs_that_are_left(tmp_path, monkeypatch):
     """Runs of 3, 5 and 4 epochs, by early stopping, and one that diverged in epoch 2."""
-    axis = Figure().subplots()
-    finished = [[0.1, 0.2, 0.3], [0.3, 0.4, 0.5, 0.6, 0.7], [0.2, 0.3, 0.4, 0.9]]
-    study_report._plot_arm(axis, finished, [[0.05]], "C0", "arm")
-    mean, *single, diverged, cross = (line.get_xydata().tolist() for line in axis.get_lines())
+    rows = recorded("planted")[:24]
+    rows[3] = failed(rows[3], "diverged at step 30")
+    curves = [[0.1, 0.2, 0.3], [0.3, 0.4, 0.5, 0.6, 0.7], [0.2, 0.3, 0.4, 0.9], [0.05]]
+    histories = histories_of(rows[20:]) | {
+        ("control", seed): [
+            row | {"val_accuracy": accuracy, "train_loss": accuracy}
+            for row, accuracy in zip(history(len(curve)), curve, strict=True)
+        ]
+        for seed, curve in enumerate(curves)
+    }
+    figures = []
+    monkeypatch.setattr(
+        study_report.files, "save_figure", lambda figure, path: figures.append(figure)
+    )
+    write(tmp_path, [*rows[:4], *rows[20:]], histories)
+    axis = figures[0].axes[0]
+    lines = [line.get_xydata().tolist() for line in axis.get_lines()]
+    mean, *single, diverged, cross = lines[:6]
     assert mean == [[1, pytest.approx(0.2)], [2, pytest.approx(0.3)], [3, pytest.approx(0.4)]]
     assert single == [[[3, 0.3]], [[3, 0.5], [4, 0.6], [5, 0.7]], [[3, 0.4], [4, 0.9]]]
     assert diverged == cross == [[1, 0.05]]
-    (band,) = axis.collections
-    assert band.get_paths()[0].vertices[:, 0].max() == 3
+    assert axis.collections[0].get_paths()[0].vertices[:, 0].max() == 3
 
 
 def test_history_is_read_from_a_run(tmp_path):
@@ -190,7 +201,7 @@ def test_history_is_read_from_a_run(tmp_path):
     assert study_report.read_history(tmp_path) == history(3)
     file = tmp_path / "metrics.csv"
     file.write_text(re.sub(r"\n2,", "\ntwo,", file.read_text()))
-    with pytest.raises(UsageError, match="metrics.csv is damaged"):
+    with refused("metrics.csv is damaged"):
         study_report.read_history(tmp_path)
 
 
@@ -201,6 +212,6 @@ def test_mistakes_leave_nothing_behind(tmp_path):
         (rows[:20], "control", "all runs are of control"),
         ([*rows, rows[0]], "control", "two runs are of arm control and seed 0"),
     ):
-        with pytest.raises(UsageError, match=message):
+        with refused(message):
             study_report.write(tmp_path / "new", wrong, {}, reference, "A study", COMMAND)
     assert not (tmp_path / "new").exists()

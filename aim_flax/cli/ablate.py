@@ -1,6 +1,7 @@
 """The command line of ablate.py."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -11,8 +12,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains all arms of a study with all seeds and reports on them; the command of ablate.py."""
     parser = CommandParser(
         prog="ablate.py",
-        description="Trains every arm with every seed, or goes on where the study was left, and"
-        " compares the arms. Started more than once, on one GPU each, say, it shares the work.",
+        description="Trains every arm with every seed, or continues the study where it stopped, and"
+        " compares the arms. Several of these commands, one on each GPU, share the work.",
         epilog="Any key of the config is a flag, for all arms: --config.train.epochs=5",
         allow_abbrev=False,
     )
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--arms",
         default="",
         metavar="A,B",
-        help="of the config file, or a control that is derived: control_params, control_compute,"
+        help="arms of the config file, or derived controls: control_params, control_compute,"
         " memory_frozen, memory_noise, memory_zero, memory_half, memory_double",
     )
     parser.add_argument(
@@ -29,26 +30,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="'NAME[=ARM]:KEY=VALUE KEY=VALUE'",
-        help="a further arm: the file's first one, or ARM, with keys of its config set",
+        help="another arm: the file's first one, or ARM, with other values in its config",
     )
     parser.add_argument("--derive-from", metavar="ARM", help="default: the first with a memory")
     parser.add_argument(
         "--seeds", default="10", metavar="N|A-B|A,B", help="N: 0 to N - 1; default: 10"
     )
     parser.add_argument(
-        "--reference", metavar="ARM", help="compare the others with it; default: control"
+        "--reference", metavar="ARM", help="the arm to compare the others with; default: control"
     )
     parser.add_argument("--workdir", help="default: runs/ablation-<config>")
     parser.add_argument(
         "--seeds-per-program",
         type=_seeds_per_program,
         metavar="N|auto",
-        help="train so many seeds of an arm at once; default: auto, all where that is quicker",
+        help="train this many seeds of an arm at once; default: auto, all if that is quicker",
     )
     parser.add_argument("--devices", type=int, help="how many to use; default: all")
     parser.add_argument(
-        "--report-only", action="store_true", help="only write the report of --workdir anew"
+        "--report-only", action="store_true", help="only write the report of --workdir again"
     )
+    argv = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "ablate.py", *argv])
     args, assignments = parse_with_overrides(parser, argv)
     if args.report_only and not args.workdir:
         parser.error("--report-only needs the --workdir of a study")
@@ -57,25 +60,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def work() -> None:
         from aim_flax import devices
-        from aim_flax.study import study
+        from aim_flax.study.plan import plan
+        from aim_flax.study.run import run, write_report
 
         if args.report_only:
-            study.write_report(args.workdir, args.reference)
+            write_report(args.workdir, args.reference, command=command)
             return
         if warning := devices.warning():
             print(warning, file=sys.stderr)
-        study.run(
+        study = plan(
             args.config,
-            args.workdir,
             [name.strip() for name in args.arms.split(",")] if args.arms else [],
             args.seeds,
             args.arm,
             assignments,
             args.derive_from,
             args.reference,
-            args.seeds_per_program,
-            args.devices,
+            command,
         )
+        run(study, args.workdir, args.seeds_per_program, args.devices)
 
     run_reporting_errors(work)
 

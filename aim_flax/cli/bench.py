@@ -1,7 +1,7 @@
 """How fast data comes, alone and in training: python -m aim_flax.cli.bench --config FILE[:ARM].
 
-Prints the images per second that are ready to be trained on, when nothing else is computed, and
-those of training, with the share of its time that is spent waiting for data.
+Prints how many images per second get ready for training while nothing else is computed, and how
+many training takes, with the share of its time that it waits for data.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from aim_flax.train.experiment import Experiment
 
 
 def measure_data(experiment: Experiment, steps: int) -> float:
-    """Returns the images per second of the training batches alone, changed and on the devices."""
+    """Returns the images per second of the training batches alone, augmented, on the devices."""
     batches = experiment.train_batches
     most = batches.steps_per_call or 50
     length = min(most, steps, experiment.epoch_steps)
@@ -29,7 +29,7 @@ def measure_data(experiment: Experiment, steps: int) -> float:
         batch = batches.on_device(data, seed, step)
 
         def body(_, i):
-            # Carried, so that each batch is written to memory, as a training step finds it.
+            # Carried, so that each batch is written to memory, as for a training step.
             return batch(step + i), None
 
         (images, labels), _ = jax.lax.scan(body, batch(step), jnp.arange(1, length))
@@ -63,7 +63,7 @@ def _measure(
     experiment: Experiment, call: Callable[[Any, int], None], length: int, steps: int
 ) -> tuple[float, float]:
     """Returns images per second and the share of waiting, after a first call that compiles."""
-    # As in training, each call within an epoch; what is left of the epoch is left out.
+    # As in training, each call is within an epoch; the rest of the epoch is left out.
     in_epoch = range(0, experiment.epoch_steps - length + 1, length)
     calls = -(-steps // length)
     starts = [
@@ -112,3 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"training: {rate:,.0f} images/s, {waiting:.1%} of its time waiting for data")
 
     run_reporting_errors(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="eval.py",
         description="Evaluates a checkpoint of a run, with the network of its saved config.",
-        epilog="Where the data lies may be given anew: --config.data.dir=DIR, and any other key of"
-        " the groups data and eval",
+        epilog="Keys of the config's groups data and eval can be changed, for example"
+        " --config.data.dir=DIR",
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, help="of the run")
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="keep",
         choices=kinds,
         metavar="|".join(kinds),
-        help="what layers read instead of the memory, or that it is not written (no_write); all:"
-        " a table of what each changes",
+        help="what layers read instead of the memory, or no_write: updates leave it as it is; all:"
+        " a table of what each of them changes",
     )
     parser.add_argument("--at", metavar="PATTERN", help="the layers to alter; default: all")
     parser.add_argument(

@@ -1,9 +1,9 @@
-"""What is in a folder of images, and wrong with it: python -m aim_flax.cli.inspect DIR.
+"""What is in a folder of images, and what is wrong with it: python -m aim_flax.cli.inspect DIR.
 
-Prints the images of each class and split, sizes, formats, images that can't be read and images
-that are there twice, and draws some of each class on a contact sheet. Exit status: 0 if all is
-well; 1 if an image can't be read or is in more than one split or class, or the folder's layout is
-wrong; 2 if there is nothing to look at.
+Prints the number of images of each class and split, their sizes and formats, the images that can't
+be read and the duplicates, and draws some images of each class on a contact sheet. Exit status: 0
+if all is well; 1 if an image can't be read or is in more than one split or class, or the folder's
+layout is wrong; 2 if there is nothing to look at.
 """
 
 import argparse
@@ -80,3 +80,7 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"wrote {args.sheet}")
     if problems or unreadable or across or torn:
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Downloads and prepares a TFDS dataset: python -m aim_flax.cli.prepare NAME.
 
-Needs the extra `prepare` (TensorFlow); reading what it wrote does not. A try that was stopped
-leaves its complete downloads to the next one.
+Needs the extra `prepare` (TensorFlow); reading the prepared dataset doesn't. The complete downloads
+of a try that was stopped are used by the next one.
 """
 
 import errno
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 
-# TFDS's own 10 make a machine without a network wait for more than three minutes.
+# TFDS's default of 10 makes a machine without a network wait for more than three minutes.
 _CONNECTION_RETRIES = 4
 
 
@@ -31,13 +31,13 @@ def prepare(builder: "tfds.core.DatasetBuilder", manual_dir: str | None) -> None
 
     Args:
       builder: of a dataset that is not prepared.
-      manual_dir: folder of files that were fetched by hand; None: TFDS's, `downloads/manual` in
-        the data folder. A file that TFDS would download is taken from there too.
+      manual_dir: folder of files that were fetched by hand; None: `downloads/manual` in the data
+        folder. Files that TFDS would download are looked for there too.
 
     Raises:
-      UsageError: a file can't be downloaded, is not the one that TFDS knows, or is to be fetched
-        by hand and isn't there; no space is left; another package is needed; something else is
-        where the dataset belongs.
+      UsageError: a file can't be downloaded, is not the one that TFDS knows, or must be fetched by
+        hand and isn't there; no space is left; another package is needed; something else is in
+        the dataset's place.
     """
     import requests
     import tensorflow_datasets as tfds
@@ -45,7 +45,7 @@ def prepare(builder: "tfds.core.DatasetBuilder", manual_dir: str | None) -> None
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
     downloader.MAX_RETRIES = _CONNECTION_RETRIES
-    # What it says of each retry, the error says of the last one.
+    # It reports each retry; the error reports the last one.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     if builder.data_path.exists():
         # TFDS would take it for the dataset.
@@ -71,7 +71,7 @@ def prepare(builder: "tfds.core.DatasetBuilder", manual_dir: str | None) -> None
     except (requests.RequestException, tfds.download.DownloadError) as error:
         request = getattr(error, "request", None)
         url = f"{request.url} can't be downloaded: " if request else ""
-        # Of retries that all failed, why the last one did.
+        # If all retries failed, the reason of the last one.
         reason = getattr(error.args[0], "reason", error) if error.args else error
         raise UsageError(
             f"{url}{_one_line(reason)}; the same command goes on once it can be reached, or with"
@@ -80,8 +80,8 @@ def prepare(builder: "tfds.core.DatasetBuilder", manual_dir: str | None) -> None
     except ImportError as error:
         raise UsageError(f"{builder.name} needs another package: {_one_line(error)}") from None
     except Exception as error:
-        # Files are read and written through TensorFlow, array_record and Python, which raise
-        # errors of different types for the same thing.
+        # TensorFlow, array_record and Python, which read and write files, raise errors of different
+        # types for the same thing.
         message = _one_line(error)
         if os.strerror(errno.ENOSPC) in message or message.startswith("Not enough disk space"):
             raise UsageError(f"the disk of {root} is full: {message}") from None
@@ -103,11 +103,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("name", metavar="NAME[/CONFIG][:VERSION]", help="as in TFDS")
     parser.add_argument("--data_dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
-    parser.add_argument("--manual_dir", help="where files are that were fetched by hand")
+    parser.add_argument("--manual_dir", help="folder of files that were fetched by hand")
     args = parser.parse_args(argv)
 
     def work() -> None:
-        # Keeps TensorFlow's notes on the processor off the terminal.
+        # Keeps TensorFlow's messages about the processor off the terminal.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         builder = find_builder(args.name, args.data_dir)
         if builder.is_prepared():
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prepare(builder, args.manual_dir)
         except KeyboardInterrupt:
             fail("stopped; complete downloads are kept, and the same command goes on")
-            # A normal exit would wait for the downloads that are under way.
+            # A normal exit would wait for the downloads in progress.
             os._exit(128 + signal.SIGINT)
         print(f"prepared: {summary(builder)}")
 
@@ -132,3 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _one_line(message: Any) -> str:
     return re.sub(r"\s+", " ", str(message)).strip()
+
+
+if __name__ == "__main__":
+    main()

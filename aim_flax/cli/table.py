@@ -1,9 +1,9 @@
 """A table of runs: python -m aim_flax.cli.table runs/digits_mlp-*.
 
 Prints, for each arm, the mean and standard deviation of the test accuracy over its finished runs;
-with --reference ARM also its difference from that arm, paired by seed; with --on val it does so for
-the accuracies that picked each run's best epoch, to choose an arm without a look at the test split;
-with --csv FILE also writes a row per run. Runs that diverged or are not finished are counted and
+with --reference ARM also its difference from that arm, paired by seed. With --on val it uses the
+accuracies that picked each run's best epoch, to choose an arm without looking at the test split.
+With --csv FILE it also writes a row per run. Runs that diverged or are not finished are counted and
 named.
 """
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     parser.add_argument("--reference", metavar="ARM", help="compare the other arms with this one")
     parser.add_argument(
-        "--on", choices=SPLITS, default="test", help="the split whose accuracy; default: test"
+        "--on", choices=SPLITS, default="test", help="the split of the accuracies; default: test"
     )
     parser.add_argument("--csv", type=Path, help="also write a row per run to this file")
     args = parser.parse_args(argv)
@@ -33,3 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(arm_table(rows, args.reference, args.on))
 
     run_reporting_errors(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains the network of a config; the command line of train.py."""
     parser = CommandParser(
         prog="train.py",
-        description="Trains the network of a config, or goes on where its workdir was left.",
+        description="Trains the network of a config, or continues the run in its workdir.",
         epilog="Any key of the config is a flag: --config.train.epochs=5",
         allow_abbrev=False,
     )
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def work() -> None:
         config = configs.override(configs.load(args.config), assignments)
-        # Imported once the flags are known to be right: orbax and others take seconds.
+        # Imported once the flags are checked: orbax and others take seconds.
         from aim_flax import devices
         from aim_flax.data.load import open_dataset, with_classes
         from aim_flax.models.describe import describe

@@ -1,12 +1,12 @@
 """Random changes to training images, on the device and per example.
 
 Rotation, translation, flips and contrast have the semantics of the Keras layers RandomRotation,
-RandomTranslation, RandomFlip and RandomContrast (keras.io); what moves pixels by fractions is one
-affine warp here, so that pixels are interpolated once. `augment_host.py` does the same to images
+RandomTranslation, RandomFlip and RandomContrast (keras.io). All moves by fractions of a pixel are
+one affine warp, so that pixels are interpolated once. `augment_host.py` does the same to images
 that stream through the host.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
@@ -24,8 +24,8 @@ OPTIONS = (
     "flip_vertical",
     "contrast",
 )
-# Of a random crop relative to the image, as in C. Szegedy et al., Going Deeper with Convolutions
-# (2015).
+# The proportions of a crop relative to the image's, as in C. Szegedy et al., Going Deeper with
+# Convolutions (2015).
 CROP_ASPECT = (3 / 4, 4 / 3)
 
 
@@ -46,21 +46,21 @@ def augment(
     Args:
       images: (B, H, W, C), any dtype and range of values; nothing is clipped.
       key: of this step.
-      first: position of the first image in the batch of all devices: an image's changes depend
-        on the key and its position alone, however the batch is shared out.
-      options: `crop`, a random part of at least this share of the image's area, brought to its
-        size; `rotation`, at most so many turns either way; `translation`, at most this share of
-        height and width; `shift`, at most so many whole pixels either way; `flip_horizontal` and
-        `flip_vertical`, each with probability 1/2; `contrast`, each channel's distance from its
-        mean times 1 ± at most this much. What is left out, zero or False is not done. Edges are
-        filled by reflection, pixels are interpolated bilinearly.
+      first: position of the first image in the batch of all devices. An image's changes depend
+        only on the key and its position, not on how the devices share the batch.
+      options: `crop`, a random part of at least this share of the image's area, resized to the
+        image's size; `rotation`, at most this many turns either way; `translation`, at most this
+        share of height and width; `shift`, at most this many whole pixels either way;
+        `flip_horizontal` and `flip_vertical`, each with probability 1/2; `contrast`, each channel's
+        distance from its mean times 1 ± at most this much. What is left out, zero or False is not
+        done. Edges are filled by reflection, pixels are interpolated bilinearly.
     """
     positions = first + jnp.arange(images.shape[0])
     keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
     split = jax.vmap(partial(jax.random.split, num=6))(keys)
-    key_warp, key_crop, key_shift, key_vertical, key_horizontal, key_contrast = split.T
+    key_warp, key_crop, *keys_whole, key_contrast = split.T
     options = {name: options.get(name) or 0 for name in OPTIONS}
-    images = _move_whole_pixels(images, options, key_shift, key_vertical, key_horizontal)
+    images = _move_whole_pixels(images, options, keys_whole)
     images = images.astype(jnp.float32)
     if options["rotation"] or options["translation"] or options["crop"]:
         images = jax.vmap(partial(_warp_randomly, options=options))(images, key_warp, key_crop)
@@ -73,25 +73,20 @@ def augment(
 
 
 def _move_whole_pixels(
-    images: jax.Array,
-    options: Mapping[str, float | bool],
-    key_shift: jax.Array,
-    key_vertical: jax.Array,
-    key_horizontal: jax.Array,
+    images: jax.Array, options: Mapping[str, float | bool], keys: Sequence[jax.Array]
 ) -> jax.Array:
-    """Shifts and flips, in the images' own dtype: a fraction of the bytes of float32."""
+    """Shifts and flips in the images' own dtype, which is smaller than float32."""
     limit = int(options["shift"])
     if not (limit or options["flip_vertical"] or options["flip_horizontal"]):
         return images
     draw = partial(jax.random.randint, shape=(2,), minval=-limit, maxval=limit + 1)
-    shifts = jax.vmap(draw)(key_shift)
+    shifts = jax.vmap(draw)(keys[0])
     sources = []
-    directions = (("flip_vertical", key_vertical), ("flip_horizontal", key_horizontal))
-    for axis, (name, keys) in enumerate(directions):
+    for axis, name in enumerate(("flip_vertical", "flip_horizontal")):
         size = images.shape[axis + 1]
         source = _reflect(jnp.arange(size) - shifts[:, axis, None], size)
         if options[name]:
-            flips = jax.vmap(jax.random.bernoulli)(keys)
+            flips = jax.vmap(jax.random.bernoulli)(keys[1 + axis])
             source = jnp.where(flips[:, None], source[:, ::-1], source)
         sources.append(source)
     rows, columns = sources[0][:, :, None], sources[1][:, None, :]
@@ -130,14 +125,14 @@ def warp(
     size: tuple[jax.Array | float, ...] = (1.0, 1.0),
     offset: tuple[jax.Array | float, ...] = (0.0, 0.0),
 ) -> jax.Array:
-    """Crops an image, rotates what that shows about its centre, then shifts it.
+    """Crops an image, rotates the result about its centre, then shifts it.
 
     Args:
       image: (H, W, C).
       angle: in radians, counter-clockwise.
       shift: (down, right), in pixels.
-      size: height and width of the crop, as shares of the image's.
-      offset: (down, right), in pixels, of the crop's centre from the image's.
+      size: height and width of the crop, as shares of the image's height and width.
+      offset: (down, right), in pixels, from the image's centre to the crop's.
 
     Returns:
       (H, W, C): bilinear, edges filled by reflection (d c b a | a b c d | d c b a).

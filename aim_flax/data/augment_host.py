@@ -1,7 +1,7 @@
 """Random changes to training images on the host, as `augment.py` makes them on the device.
 
-What moves pixels is done here, to uint8, where OpenCV is far quicker than a device's gathers;
-contrast is left to the device.
+Pixels are moved here, as uint8, because OpenCV is far quicker than a device's gathers; contrast is
+left to the device.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ class Change:
     """One image's drawn changes.
 
     Attributes:
-      region: the part that a crop shows.
+      region: the part that is cropped.
       angle: in radians, counter-clockwise.
       shift: (down, right), as shares of height and width.
-      pixels: (down, right), whole pixels, beside `shift`.
-      flips: the axes that are flipped, at the end.
+      pixels: (down, right), in whole pixels, in addition to `shift`.
+      flips: the axes that are flipped at the end.
     """
 
     region: Region
@@ -38,7 +38,7 @@ def draw(rng: np.random.Generator, options: Mapping[str, float | bool]) -> Chang
     """Draws the changes of an image; `options` are those of `augment.augment`."""
     region = WHOLE
     if crop := options.get("crop"):
-        # Together: one by one, and as numpy's scalars, they take several times as long.
+        # Drawn together: one by one, as numpy scalars, they take several times as long.
         share, aspect, top, left = rng.random(4).tolist()
         share = crop + (1 - crop) * share
         narrow, wide = (math.log(bound) for bound in CROP_ASPECT)
@@ -59,20 +59,20 @@ def draw(rng: np.random.Generator, options: Mapping[str, float | bool]) -> Chang
 
 
 def apply(image: np.ndarray, change: Change) -> np.ndarray:
-    """Returns an image, (H, W, C) uint8, with all changes but the crop, `images.load`'s part."""
+    """Returns an image, (H, W, C) uint8, with all changes but the crop: see `images.load`."""
     height, width = image.shape[:2]
     down = change.shift[0] * height + change.pixels[0]
     right = change.shift[1] * width + change.pixels[1]
     if change.angle or down or right:
         image = warp(image, change.angle, (down, right))
     for axis in change.flips:
-        # Not numpy's view of it: copying that into a batch takes ten times as long.
+        # Not a flipped view in numpy: copying that into a batch takes ten times as long.
         image = cv2.flip(image, axis).reshape(image.shape)
     return image
 
 
 def warp(image: np.ndarray, angle: float, shift: tuple[float, float]) -> np.ndarray:
-    """Rotates and shifts as `augment.warp` does, to the nearest of 32 positions in a pixel.
+    """Rotates and shifts as `augment.warp` does, rounded to 1/32 of a pixel.
 
     Args:
       image: (H, W, C) uint8.
@@ -82,7 +82,7 @@ def warp(image: np.ndarray, angle: float, shift: tuple[float, float]) -> np.ndar
     height, width = image.shape[:2]
     centre_y, centre_x = (height - 1) / 2, (width - 1) / 2
     cos, sin = math.cos(angle), math.sin(angle)
-    # From a pixel of the result, (x, y), to where it comes from.
+    # From a pixel (x, y) of the result to its place in the image.
     y, x = -centre_y - shift[0], -centre_x - shift[1]
     source = np.array(
         [

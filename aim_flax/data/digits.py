@@ -3,25 +3,24 @@
 import numpy as np
 
 from aim_flax.data.in_memory import InMemory, Split
+from aim_flax.data.records import SEED
 
-# Which scan belongs to which split never depends on a run's seed, so that runs compare.
-_SPLIT_SEED = 0
 _TEST_SIZE, _VAL_SIZE = 360, 180
 
 
 def load_digits() -> InMemory:
     """Returns 1,797 scans of 8x8 pixels, values 0 to 16, stratified 1,257 / 180 / 360.
 
-    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits (UCI, 1998), the
-    part that scikit-learn embeds.
+    Source: the part of E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits (UCI,
+    1998), that comes with scikit-learn.
     """
-    # Imported here because it takes a second that only this dataset needs.
+    # Imported here because it takes a second, and only this dataset needs it.
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
 
     digits = load()
     labels = digits.target.astype(np.int32)
-    stratify = dict(random_state=_SPLIT_SEED, shuffle=True)
+    stratify = dict(random_state=SEED, shuffle=True)
     rest, test = train_test_split(
         np.arange(len(labels)), test_size=_TEST_SIZE, stratify=labels, **stratify
     )

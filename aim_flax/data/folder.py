@@ -12,11 +12,8 @@ from aim_flax.errors import UsageError, nearest
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SPLITS = ("train", "val", "test")
-# The split that `survey` gives where there are class folders only.
+# The split that `survey` returns if there are only class folders.
 UNSPLIT = "all"
-
-# Which image is held out never depends on a run's seed, so that runs compare.
-_SPLIT_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,22 +47,22 @@ class FolderRecords:
 
 
 def read_folder(directory: str | Path, val_fraction: float, test_fraction: float) -> EncodedDataset:
-    """Finds the images of a folder, by the names of files alone.
+    """Finds the images of a folder by their file names; no image is read.
 
     Args:
-      directory: holds `train`, `test` and maybe `val`, each with a folder of images per class; or
-        the folders of classes themselves. Images are .jpg, .jpeg, .png and .webp, in upper or
-        lower case, directly in their class folder; hidden files and other files are passed over.
-      val_fraction: of each class of the training images, held out for validation where there is
-        no folder `val`; 0 for no validation split.
-      test_fraction: of each class, held out for the test where there are folders of classes only.
+      directory: holds `train`, `test` and maybe `val`, each with a folder of images per class, or
+        only the class folders. Images are .jpg, .jpeg, .png and .webp, in upper or lower case,
+        directly in their class folder; hidden files and other files are ignored.
+      val_fraction: of each class of the training images, held out for validation if there is no
+        folder `val`; 0 for no validation split.
+      test_fraction: of each class, held out for the test if there are only class folders.
 
     Returns:
       Classes are the sorted names of train's class folders. Images are sorted by class and name.
 
     Raises:
-      UsageError: the folder isn't there or isn't laid out like that, a class is in another split
-        but not in train, a fraction is out of range or so small that it holds out nothing.
+      UsageError: the folder isn't there or has another layout, a class is in another split but not
+        in train, a fraction is out of range or so small that it holds out nothing.
     """
     dataset, problems = survey(directory)
     if problems:
@@ -78,8 +75,8 @@ def survey(directory: str | Path) -> tuple[EncodedDataset, list[str]]:
     """Finds the images of a folder, and everything that is wrong with its layout.
 
     Returns:
-      The images of each split that is there, or of the split "all" where there are class folders
-      only; the classes are those of any split. And a line for each problem.
+      The images of each split, or of the split "all" if there are only class folders, with the
+      classes of all splits. And a line for each problem.
 
     Raises:
       UsageError: there is no such folder, or no image in it.
@@ -136,7 +133,7 @@ def survey(directory: str | Path) -> tuple[EncodedDataset, list[str]]:
 
 
 def split(dataset: EncodedDataset, val_fraction: float, test_fraction: float) -> EncodedDataset:
-    """Holds out the splits that a folder without problems lacks, as `read_folder` says."""
+    """Holds out the splits that a folder without problems lacks, see `read_folder`."""
     for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0 <= fraction < 1:
             raise UsageError(f"{name} is {fraction}, expected at least 0 and less than 1")
@@ -147,13 +144,13 @@ def split(dataset: EncodedDataset, val_fraction: float, test_fraction: float) ->
                 f"test_fraction is 0, expected more: {splits[UNSPLIT].directory} has no folder test"
             )
         everything = splits[UNSPLIT]
-        rest, test = hold_out(everything.labels, test_fraction, _SPLIT_SEED)
+        rest, test = hold_out(everything.labels, test_fraction)
         splits = {"train": Subset(everything, rest), "test": Subset(everything, test)}
         _check_not_empty(splits["test"], "test_fraction", test_fraction)
     else:
         everything, rest = splits["train"], np.arange(len(splits["train"]))
     if "val" not in splits and val_fraction:
-        train, val = hold_out(everything.labels[rest], val_fraction, _SPLIT_SEED)
+        train, val = hold_out(everything.labels[rest], val_fraction)
         splits["train"] = Subset(everything, rest[train])
         splits["val"] = Subset(everything, rest[val])
         _check_not_empty(splits["val"], "val_fraction", val_fraction)
@@ -170,7 +167,7 @@ def _check_not_empty(held: Subset, name: str, fraction: float) -> None:
 
 
 def _class_files(directory: Path, problems: list[str]) -> dict[str, list[str]]:
-    """Returns the images of each class folder, sorted; tells the problems."""
+    """Returns the images of each class folder, sorted; adds to the problems."""
     folders, images, _ = _scan(directory, problems)
     if images:
         problems.append(
@@ -203,7 +200,7 @@ def _scan(directory: Path, problems: list[str]) -> tuple[list[str], list[str], l
                 name = entry.name
                 if name.startswith("."):
                     continue
-                # Answered from the directory itself: no system call per file.
+                # The directory itself says so: no system call per file.
                 if entry.is_dir():
                     folders.append(name)
                 elif name.lower().endswith(SUFFIXES):

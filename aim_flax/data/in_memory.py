@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -28,13 +27,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
-    """Named splits of labelled images.
-
-    Attributes:
-      classes: class names; a label is an index into them.
-      splits: "train", "val" and "test".
-      skipped: for each split, the indices of records that can't be read and were left out.
-    """
+    """A `dataset.Dataset` of decoded images."""
 
     classes: tuple[str, ...]
     splits: Mapping[str, Split]
@@ -46,11 +39,9 @@ class InMemory:
 
     @property
     def records(self) -> dict[str, int]:
-        """The sizes before any image was left out."""
         return {name: size + len(self.skipped.get(name, ())) for name, size in self.sizes.items()}
 
     def first_images(self, split: str, count: int) -> np.ndarray:
-        """Returns the first images of a split, (at most count, H, W, C) uint8."""
         return self.splits[split].images[:count]
 
     def train_batches(
@@ -69,15 +60,11 @@ class InMemory:
 
 
 class TrainBatches:
-    """The training split's batches, a function of (seed, step).
-
-    Attributes:
-      sharded: whether what `feed` has is each device's own part of the batches.
-      steps_per_call: how many steps what `feed` has for one is good for; None: its epoch's.
-    """
+    """`dataset.TrainBatches` that each device takes from the whole split."""
 
     sharded = False
     steps_per_call = None
+    seed_axes = (None, None, 0)
 
     def __init__(
         self,
@@ -91,17 +78,10 @@ class TrainBatches:
         self._batch_size, self._local = batch_size, batch_size // devices.count
         self._scale, self._augmentation = scale, augmentation
 
-    def feed(self, seed: int, start: int, stop: int) -> "Feed":
-        """Returns the data of the steps from `start` until before `stop`."""
+    def feed(self, seed: int | np.ndarray, start: int, stop: int) -> "Feed":
         return Feed(self._devices, self._split, self._batch_size, seed)
 
     def on_device(self, data: Any, seed: jax.Array, step: jax.Array) -> Callable:
-        """Returns step -> this device's (images float32, labels), for `step` and those after it in
-        its epoch.
-
-        Args:
-          data: what `feed` has for `step`, in a mapped function.
-        """
         images, labels, order = data
         epoch_steps = steps_per_epoch(len(labels), self._batch_size)
         first = jax.lax.axis_index(AXIS) * self._local
@@ -119,22 +99,28 @@ class TrainBatches:
 
 
 class Feed:
-    """The training split on the devices, with the order of an epoch."""
+    """The training split on the devices, with the order of an epoch for each seed."""
 
-    def __init__(self, devices: Devices, split: Split, batch_size: int, seed: int):
-        self._devices = devices
+    def __init__(self, devices: Devices, split: Split, batch_size: int, seed: int | np.ndarray):
+        self._devices, self._seed = devices, np.asarray(seed, np.uint32)
         self._data = devices.replicate((split.images, split.labels))
         self._epoch_steps = steps_per_epoch(len(split), batch_size)
         self._epoch = None
-        # Not within the training step: sorting 50,000 keys takes a CPU longer than a small step.
-        self._order_of = jax.jit(partial(epoch_order, data_key(seed), num_examples=len(split)))
+
+        def order_of(seed: jax.Array, epoch: int) -> jax.Array:
+            return epoch_order(data_key(seed), epoch, len(split))
+
+        # Not within the training step: on a CPU sorting 50,000 keys takes longer than a small step.
+        self._order_of = jax.jit(
+            jax.vmap(order_of, in_axes=(0, None)) if self._seed.ndim else order_of
+        )
 
     def at(self, step: int) -> Any:
         """Returns what `on_device` takes for this step, and those after it in its epoch."""
         epoch = step // self._epoch_steps
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = self._devices.replicate(self._order_of(epoch))
+            self._order = self._devices.replicate(self._order_of(self._seed, epoch))
         return (*self._data, self._order)
 
     def close(self) -> None:
@@ -142,17 +128,11 @@ class Feed:
 
 
 class EvalBatches:
-    """All batches of a split, in its order, the last one filled up.
-
-    Attributes:
-      sharded: whether what iteration yields is each device's own part of a batch.
-      examples: number of images in the split.
-    """
+    """`dataset.EvalBatches` that each device takes from the whole split."""
 
     sharded = False
 
     def __init__(self, split: Split, devices: Devices, batch_size: int, scale: float):
-        """`batch_size` is over all devices, and rounded up to a multiple of their number."""
         self._local = -(-batch_size // devices.count)
         self.examples, self._scale = len(split), scale
         data = devices.replicate((split.images, split.labels))
@@ -160,12 +140,9 @@ class EvalBatches:
         self._data = [(*data, devices.replicate(np.int32(start))) for start in starts]
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields what `on_device` takes, a batch at a time."""
         return iter(self._data)
 
     def on_device(self, data: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Returns this device's images float32, labels, and two (B,) bool: which of them count,
-        and which stand for images that were left out."""
         images, labels, start = data
         indices = start + jax.lax.axis_index(AXIS) * self._local + jnp.arange(self._local)
         counted = indices < self.examples

@@ -15,10 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
 
+from aim_flax import markdown
 from aim_flax.data.images import ImageError, header, load
 from aim_flax.data.records import EncodedDataset, Records
 
-_BATCH = 64  # images per task of a thread: a task each would take more memory than its result
+_BATCH = 64  # images per task of a thread: a task per image would take more memory than its result
 _SMALL = (32, 32, 3)
 _THUMBNAIL, _LINE = 64, 14  # pixels
 _MOST_FREQUENT = 5
@@ -30,7 +31,7 @@ class Finding:
 
     Attributes:
       split: its split.
-      path: its path; the folder it lies in is its class.
+      path: its path; the name of its folder is its class.
       problem: why it can't be read, or "".
       format: "JPEG", "PNG", ... by its content.
       size: height and width in pixels.
@@ -106,7 +107,7 @@ def duplicates(findings: Iterable[Finding]) -> list[list[Finding]]:
         same = collections.defaultdict(list)
         several = len({finding.content for finding in alike}) > 1
         for finding in alike:
-            # Alike when small: whether they are the same takes all pixels.
+            # Small copies may be equal where the images are not.
             same[_pixels(finding) if several else finding.content].append(finding)
         groups += [group for group in same.values() if len(group) > 1]
     return groups
@@ -122,19 +123,11 @@ def count_table(classes: Sequence[str], counts: Mapping[str, Mapping[str, int]])
     rows = [["class", *counts]]
     rows += [[label, *(f"{count[label]:,}" for count in counts.values())] for label in classes]
     rows.append(["all", *(f"{sum(count.values()):,}" for count in counts.values())])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
-        cells[0] = f"{row[0]:<{widths[0]}}"
-        lines.append(f"| {' | '.join(cells)} |")
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines.insert(1, f"| {' | '.join(rule)} |")
-    return "\n".join(lines)
+    return markdown.table(rows, padded=True)
 
 
 def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str]:
-    """Returns the lines that say what was found, duplicates and problems of layout aside."""
+    """Yields the lines that say what was found, except duplicates and problems of layout."""
     counts = {name: collections.Counter() for name in dataset.splits}
     for finding in findings:
         counts[finding.split][finding.label] += 1
@@ -175,9 +168,9 @@ def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str
 def contact_sheet(
     classes: Sequence[str], findings: Iterable[Finding], per_class: int
 ) -> Image.Image:
-    """Returns some images of each class, from all over it, below the class's name.
+    """Returns some images of each class, spread over it, below the class's name.
 
-    Of the training images, or of whatever split comes first.
+    They are training images, or those of the first split if there are none.
     """
     members = collections.defaultdict(list)
     first = None
@@ -190,7 +183,7 @@ def contact_sheet(
     rows = math.ceil(len(classes) / columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
-    # Pillow's own font knows fewer letters.
+    # Pillow's own font has fewer letters.
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     font = ImageFont.truetype(fonts / "DejaVuSans.ttf", _LINE - 3)
     for i, label in enumerate(classes):
@@ -208,7 +201,7 @@ def contact_sheet(
 
 
 def _printable(name: str) -> str:
-    """A file's name may have bytes that are no text."""
+    """Returns a file's name, which may have bytes that are not text, as text."""
     return name.encode(errors="backslashreplace").decode()
 
 

@@ -1,7 +1,7 @@
 """From a config to the dataset it names.
 
-Imports what a dataset needs when it is named: OpenCV, Grain and TFDS take seconds, which
-the embedded digits don't need.
+What a dataset needs is imported when the dataset is named: OpenCV, Grain and TFDS take seconds to
+import, and the embedded digits don't need them.
 """
 
 import copy
@@ -13,28 +13,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ml_collections import ConfigDict
 
+from aim_flax.data.dataset import Dataset
 from aim_flax.data.digits import load_digits
 from aim_flax.data.in_memory import InMemory, Split
-from aim_flax.data.records import EncodedDataset, Subset
+from aim_flax.data.records import SEED, EncodedDataset, Subset
 from aim_flax.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from aim_flax.data.reading import Reader
     from aim_flax.data.streamed import Streamed
 
 _TFDS = "tfds:"
-# Which training images a subset has, and in which order others are evaluated, never depends on a
-# run's seed, so that runs compare.
-_SEED = 0
 
 
-def load_dataset(config: ConfigDict) -> "InMemory | Streamed":
-    """Returns the dataset of `config.data`, ready to be used; see `open_dataset`, `prepare`."""
-    return prepare(open_dataset(config), config)
+def load_dataset(config: ConfigDict) -> Dataset:
+    """Returns the dataset of `config.data`, in memory if it fits there; see `open_dataset`."""
+    return decode_if_small(open_dataset(config), config)
 
 
-def open_dataset(config: ConfigDict) -> "InMemory | Reader":
-    """Returns the dataset of `config.data` with its classes and sizes, no image decoded yet.
+def open_dataset(config: ConfigDict) -> Dataset:
+    """Returns the dataset of `config.data`; no image is decoded yet.
 
     Raises:
       UsageError: there is no such dataset, it isn't prepared, or the config doesn't fit it.
@@ -52,9 +49,9 @@ def open_dataset(config: ConfigDict) -> "InMemory | Reader":
                 f"data.image_shape is {shape}, expected height, width, and 3 channels or 1 (grey)"
             )
         encoded = _mixed(_subset(_read_encoded(data), data.train_images))
-        from aim_flax.data.reading import Reader
+        from aim_flax.data.streamed import Streamed
 
-        dataset = Reader(encoded, shape, data.fit, data.on_error)
+        dataset = Streamed(encoded, shape, data.threads, data.fit, data.on_error)
     for split in dict.fromkeys(("train", config.eval.select_on, "test")):
         if not dataset.sizes.get(split):
             why = "; data.val_fraction holds out none" if split == "val" else ""
@@ -62,8 +59,8 @@ def open_dataset(config: ConfigDict) -> "InMemory | Reader":
     return dataset
 
 
-def prepare(dataset: "InMemory | Reader", config: ConfigDict) -> "InMemory | Streamed":
-    """Decodes all images if they take at most `data.in_memory_mb` (2**20 bytes), or streams them.
+def decode_if_small(dataset: Dataset, config: ConfigDict) -> Dataset:
+    """Returns a dataset with all images decoded, if they take at most `data.in_memory_mb` MiB.
 
     Raises:
       DataError: an image can't be read.
@@ -72,17 +69,15 @@ def prepare(dataset: "InMemory | Reader", config: ConfigDict) -> "InMemory | Str
         return dataset
     images = sum(dataset.sizes.values())
     if images * math.prod(dataset.shape) <= config.data.in_memory_mb * 2**20:
-        return _decode_all(dataset, config.data.threads)
-    from aim_flax.data.streamed import Streamed
-
-    return Streamed(dataset, config.data.threads)
+        return _decode_all(dataset)
+    return dataset
 
 
 def with_classes(config: ConfigDict, classes: Sequence[str]) -> ConfigDict:
     """Returns the config with `model.num_classes`, where it is None, set to a dataset's.
 
     Raises:
-      UsageError: it is set to another number.
+      UsageError: it is another number.
     """
     if config.model.num_classes is None:
         config = copy.deepcopy(config)
@@ -114,7 +109,7 @@ def _read_encoded(data: ConfigDict) -> EncodedDataset:
 
 
 def _subset(dataset: EncodedDataset, train_images: int | None) -> EncodedDataset:
-    """Returns a dataset with so many training images, the same ones for every run."""
+    """Returns a dataset with this number of training images, the same ones for every run."""
     if train_images is None:
         return dataset
     available = len(dataset.splits["train"])
@@ -122,41 +117,41 @@ def _subset(dataset: EncodedDataset, train_images: int | None) -> EncodedDataset
         raise UsageError(
             f"data.train_images is {train_images}, expected 1 to {available}, or None for all"
         )
-    chosen = np.random.default_rng(_SEED).permutation(available)[:train_images]
+    chosen = np.random.default_rng(SEED).permutation(available)[:train_images]
     train = Subset(dataset.splits["train"], np.sort(chosen))
     return EncodedDataset(dataset.classes, {**dataset.splits, "train": train})
 
 
 def _mixed(dataset: EncodedDataset) -> EncodedDataset:
-    """Returns a dataset whose splits for evaluation are in a random order, always the same one.
+    """Returns a dataset whose splits for evaluation are in a random order, always the same.
 
-    Folders go by class. In batches of one class, the mean of a batch's memories, or the memory of
-    the next image, would give the class away (`aim_flax.evaluate.interventions`).
+    A folder's images are sorted by class. In batches of one class, the mean of a batch's memories,
+    or the memory of the next image, would reveal the class (`aim_flax.evaluate.interventions`).
     """
     splits = dict(dataset.splits)
     for name, records in splits.items():
         if name != "train":
-            order = np.random.default_rng(_SEED).permutation(len(records))
+            order = np.random.default_rng(SEED).permutation(len(records))
             splits[name] = Subset(records, order)
     return EncodedDataset(dataset.classes, splits)
 
 
-def _decode_all(reader: "Reader", threads: int) -> InMemory:
+def _decode_all(dataset: "Streamed") -> InMemory:
     splits = {}
-    for name, size in reader.sizes.items():
-        images = np.empty((size, *reader.shape), np.uint8)
+    for name, size in dataset.sizes.items():
+        images = np.empty((size, *dataset.shape), np.uint8)
         labels = np.full(size, -1, np.int32)
 
         def read(i: int, name=name, images=images, labels=labels) -> None:
-            if found := reader.read(name, i):
+            if found := dataset.read_one(name, i):
                 images[i], labels[i] = found
 
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(dataset.threads) as pool:
             for _ in pool.map(read, range(size)):
                 pass
         readable = labels >= 0
         if not readable.all():
-            reader.skip(name, np.flatnonzero(~readable).tolist())
+            dataset.skip(name, np.flatnonzero(~readable).tolist())
             images, labels = images[readable], labels[readable]
         splits[name] = Split(images, labels)
-    return InMemory(reader.classes, splits, reader.skipped)
+    return InMemory(dataset.classes, splits, dataset.skipped)

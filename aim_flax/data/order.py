@@ -1,10 +1,10 @@
-"""In which order training visits the examples."""
+"""The order in which training visits the examples."""
 
 import jax
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Returns the number of whole batches; what is left over differs from epoch to epoch."""
+    """Returns the number of whole batches; each epoch leaves out other examples."""
     return num_examples // batch_size
 
 

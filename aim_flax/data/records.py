@@ -1,10 +1,14 @@
-"""What a dataset of encoded images looks like to the loaders, wherever its files are."""
+"""A dataset of encoded images, wherever its files are."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
+
+# Which examples are in which split, and in which order, never depends on a run's seed, so that runs
+# can be compared.
+SEED = 0
 
 
 class Records(Protocol):
@@ -16,7 +20,7 @@ class Records(Protocol):
         """Returns an encoded image (JPEG, PNG, WebP, ...) and its label."""
 
     def name(self, index: int) -> str:
-        """Returns what a person knows the record by, for example its path."""
+        """Returns a name by which a person finds the record, for example its path."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Subset:
 
     Attributes:
       records: of the split.
-      indices: (N,) int, which of them, in this order.
+      indices: (N,) int, of the records, in this order.
     """
 
     records: Records
@@ -47,23 +51,25 @@ class EncodedDataset:
 
     Attributes:
       classes: class names; a label is an index into them.
-      splits: "train", "test" and, unless nothing is to be held out, "val".
+      splits: "train", "test" and, unless nothing is held out, "val".
     """
 
     classes: tuple[str, ...]
     splits: Mapping[str, Records]
 
 
-def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Parts examples in two, each class in the same proportion.
+def hold_out(
+    labels: np.ndarray, fraction: float, seed: int = SEED
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits examples in two, with the same fraction of each class.
 
     Args:
-      labels: (N,) int; all equal where classes aren't known.
+      labels: (N,) int; all equal if the classes aren't known.
       fraction: of each class that is held out, rounded; a class keeps at least one example.
-      seed: which examples; a constant of the dataset's, never a run's, so that runs compare.
+      seed: of the choice.
 
     Returns:
-      Indices of those kept and of those held out, each sorted.
+      The indices to keep and the indices to hold out, each sorted.
     """
     rng = np.random.default_rng(seed)
     held = np.zeros(len(labels), bool)

@@ -1,17 +1,17 @@
-"""Datasets whose images are read, decoded and moved by the host while the devices compute.
+"""Datasets whose images the host reads, decodes and augments while the devices compute.
 
-Batches are the same function of (seed, step) whatever the number of threads, devices and hosts;
-their order is that of `in_memory.py`. The pipeline is Grain's (google/grain).
+Batches are the same function of (seed, step) for any number of threads, devices and hosts, in the
+order of `in_memory.py`. The pipeline is Grain's (google/grain).
 """
 
 import collections
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Mapping
+import sys
+from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,41 +19,52 @@ import numpy as np
 from aim_flax.data import augment_host
 from aim_flax.data.augment import augment
 from aim_flax.data.augment_host import Change
-from aim_flax.data.images import WHOLE
+from aim_flax.data.images import FITS, WHOLE, ImageError, Region, load
 from aim_flax.data.order import epoch_order, steps_per_epoch
-from aim_flax.data.reading import Reader
+from aim_flax.data.records import EncodedDataset
 from aim_flax.devices import AXIS, Devices
-from aim_flax.errors import DataError
+from aim_flax.errors import DataError, check_choice
 from aim_flax.keys import augment_key, data_key
 
 # Batches that wait on the host, and those already on the devices.
 _HOST_BUFFER, _DEVICE_BUFFER = 8, 2
+ON_ERROR = ("stop", "skip")
+# The share of a split that may be left out; with more damage a result is worth little.
+MOST_SKIPPED = 0.01
 
 
 class Streamed:
-    """Named splits of images that stay encoded.
+    """A `dataset.Dataset` of images that stay encoded.
 
     Attributes:
-      classes: class names; a label is an index into them.
-      skipped: for each split, the indices of records that can't be read and were left out.
+      shape: (H, W, C) of the images.
+      threads: number of threads that read.
     """
 
-    def __init__(self, reader: Reader, threads: int):
-        self._reader, self._threads = reader, threads
-        self.classes = reader.classes
-        self.skipped = reader.skipped
+    def __init__(
+        self,
+        dataset: EncodedDataset,
+        shape: tuple[int, int, int],
+        threads: int,
+        fit: str = "stretch",
+        on_error: str = "stop",
+    ):
+        """`fit` is that of `images.load`; `on_error`: "stop", or "skip" damaged images.
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return self._reader.sizes
-
-    @property
-    def records(self) -> dict[str, int]:
-        """The same: what can't be read is replaced in training, and left out in evaluation."""
-        return self.sizes
+        Raises:
+          UsageError: `fit` or `on_error` is something else.
+        """
+        check_choice("data.fit", fit, FITS)
+        check_choice("data.on_error", on_error, ON_ERROR)
+        self.classes, self.shape, self.threads = dataset.classes, shape, threads
+        self.sizes = {name: len(records) for name, records in dataset.splits.items()}
+        # What can't be read is replaced in training and left out in evaluation.
+        self.records = self.sizes
+        self.skipped: dict[str, set[int]] = {name: set() for name in dataset.splits}
+        self._splits, self._fit, self._stop = dataset.splits, fit, on_error == "stop"
+        self._reasons: dict[tuple[str, int], str] = {}
 
     def first_images(self, split: str, count: int) -> np.ndarray:
-        """Returns the first images of a split, (at most count, H, W, C) uint8."""
         order = np.arange(self.sizes[split])
         images = [self.read(split, order, i)["images"] for i in range(min(count, len(order)))]
         return np.stack(images)
@@ -72,18 +83,64 @@ class Streamed:
     ) -> "EvalBatches":
         return EvalBatches(self, devices, split, batch_size, scale)
 
+    def read_one(
+        self, split: str, index: int, region: Region = WHOLE
+    ) -> tuple[np.ndarray, int] | None:
+        """Returns an image, (H, W, C) uint8, and its label; None for one that is to be skipped.
+
+        May be called from several threads.
+
+        Raises:
+          DataError: the record can't be read and isn't to be skipped, or the dataset has no such
+            label; the message names the record.
+        """
+        records = self._splits[split]
+        try:
+            encoded, label = records.read(index)
+            pixels = load(encoded, self.shape, region, self._fit)
+        except (ImageError, OSError) as error:
+            why = str(error) if isinstance(error, ImageError) else f"can't be read: {error}"
+            reason = f"{records.name(index)} {why}"
+            if self._stop:
+                message = f"{reason} (data.on_error=skip leaves such images out)"
+                raise DataError(message) from None
+            self._reasons[split, index] = reason
+            return None
+        classes = len(self.classes)
+        if not 0 <= label < classes:
+            raise DataError(
+                f"{records.name(index)} has the label {label}, expected 0 to {classes - 1}"
+            )
+        return pixels, int(label)
+
+    def skip(self, split: str, indices: Iterable[int]) -> None:
+        """Counts records as left out, and says so once for each.
+
+        Raises:
+          DataError: more than 1 % of the split are left out.
+        """
+        skipped, total = self.skipped[split], self.sizes[split]
+        for index in sorted(set(indices) - skipped):
+            skipped.add(index)
+            print(f"left out: {self._reasons[split, index]}", file=sys.stderr, flush=True)
+        if len(skipped) > MOST_SKIPPED * total:
+            raise DataError(
+                f"{len(skipped)} of {total:,} images of the split {split!r} can't be read, more"
+                f" than {MOST_SKIPPED:.0%}; the last one: {self._reasons[split, max(skipped)]}"
+            )
+
     def read(
         self, split: str, order: np.ndarray, position: int, change: Change | None = None
     ) -> dict[str, np.ndarray]:
         """Reads the record at a position of an order.
 
         Returns:
-          images: (H, W, C) uint8 and labels: () int32; of the next record that can be read where
-          this one can't. skipped: () int64, the index of this one in that case, otherwise -1.
+          images: (H, W, C) uint8 and labels: () int32; of the next readable record if this one
+          can't be read. skipped: () int64, the index of this record in that case, otherwise -1.
         """
         skipped = -1
         for index in itertools.chain(order[position:], order[:position]):
-            found = self._reader.read(split, int(index), change.region if change else WHOLE)
+            found = self.read_one(split, int(index), change.region if change else WHOLE)
             if found is not None:
                 image, label = found
                 if change is not None:
@@ -97,26 +154,27 @@ class Streamed:
         self, split: str, size: int, positions: range, record: Callable[[int], dict[str, Any]]
     ) -> Generator[dict[str, np.ndarray]]:
         """Yields batches of `size` of `record(position)`, read ahead of time by threads."""
+        # Imported here because it takes seconds, which decoding all images doesn't need.
+        import grain
+
         pipeline = grain.MapDataset.range(positions.start, positions.stop).map(record).batch(size)
-        options = grain.ReadOptions(self._threads, prefetch_buffer_size=_HOST_BUFFER)
+        options = grain.ReadOptions(self.threads, prefetch_buffer_size=_HOST_BUFFER)
         iterator = iter(pipeline.to_iter_dataset(options))
         try:
             for batch in iterator:
                 skipped = batch.pop("skipped")
-                self._reader.skip(split, skipped[skipped >= 0].tolist())
+                self.skip(split, skipped[skipped >= 0].tolist())
                 yield batch
         finally:
             iterator.close()
 
 
 class TrainBatches:
-    """The training split's batches, a function of (seed, step).
-
-    Attributes: those of in_memory.TrainBatches.
-    """
+    """`dataset.TrainBatches` that the host makes."""
 
     sharded = True
     steps_per_call = 1
+    seed_axes = None
 
     def __init__(
         self,
@@ -132,7 +190,6 @@ class TrainBatches:
         self._examples = dataset.sizes["train"]
 
     def feed(self, seed: int, start: int, stop: int) -> "Feed":
-        """Returns the data of the steps from `start` until before `stop`."""
         rows = self._devices.local_rows(self._batch_size)
         epoch_steps = steps_per_epoch(self._examples, self._batch_size)
 
@@ -156,11 +213,6 @@ class TrainBatches:
         return Feed(_put_ahead(batches, self._devices), start)
 
     def on_device(self, data: Any, seed: jax.Array, step: jax.Array) -> Callable:
-        """Returns step -> this device's (images float32, labels), for `step` alone.
-
-        Args:
-          data: what `feed` has for `step`, in a mapped function.
-        """
         images, labels = data["images"], data["labels"]
 
         def batch(step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -193,23 +245,18 @@ class Feed:
 
 
 class EvalBatches:
-    """All batches of a split, in its order, the last one filled up.
-
-    Attributes: those of in_memory.EvalBatches.
-    """
+    """`dataset.EvalBatches` that the host makes."""
 
     sharded = True
 
     def __init__(
         self, dataset: Streamed, devices: Devices, split: str, batch_size: int, scale: float
     ):
-        """`batch_size` is over all devices, and rounded up to a multiple of their number."""
         self._dataset, self._devices, self._split = dataset, devices, split
         self._batch_size = -(-batch_size // devices.count) * devices.count
         self.examples, self._scale = dataset.sizes[split], scale
 
     def __iter__(self) -> Generator[Any]:
-        """Yields what `on_device` takes, a batch at a time."""
         rows = self._devices.local_rows(self._batch_size)
         order = np.arange(self.examples)
 
@@ -228,8 +275,6 @@ class EvalBatches:
         return _put_ahead(batches, self._devices)
 
     def on_device(self, data: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Returns this device's images float32, labels, and two (B,) bool: which of them count,
-        and which stand for images that were left out."""
         images = data["images"].astype(jnp.float32) / self._scale
         return images, data["labels"], data["counted"], data["left_out"]
 

@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 
 # The format with random access; TFDS's default, tfrecord, has none.
 FILE_FORMAT = "array_record"
-
-# Which examples are held out never depends on a run's seed, so that runs compare.
-_SPLIT_SEED = 0
 _VALIDATION = ("validation", "val")
-# By which of its features a person finds an example, the best first.
+# The features by which a person finds an example, the best first.
 _NAMES = ("image/filename", "file_name", "filename", "image/id", "image_id", "id")
 
 
@@ -34,7 +31,7 @@ class TfdsSplit:
     Attributes:
       title: of the split, for messages.
       source: serialised tf.train.Example messages with random access.
-      name_feature: what names an example, if anything does.
+      name_feature: the feature that names an example, if there is one.
     """
 
     title: str
@@ -45,24 +42,23 @@ class TfdsSplit:
         return len(self.source)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """Returns an image as it was encoded when the dataset was prepared, and its label.
+        """Returns an image, encoded as it was prepared, and its label.
 
         Raises:
-          OSError: the file is missing or damaged there.
+          OSError: the file is missing, or damaged at this record.
         """
         features = self._features(index)
         return features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
 
     def name(self, index: int) -> str:
-        """Returns split and number and, where the dataset has one, the example's file name or
-        id."""
+        """Returns split and number and, if it has one, the example's file name or id."""
         title = f"{self.title}, record {index}"
         if self.name_feature is None:
             return title
         try:
             feature = self._features(index)[self.name_feature]
         except OSError:
-            # A record that can't be read is to be named too.
+            # A record that can't be read needs a name too.
             return title
         name = (feature.bytes_list.value or feature.int64_list.value)[0]
         return f"{title} ({name.decode(errors='replace') if isinstance(name, bytes) else name})"
@@ -70,8 +66,8 @@ class TfdsSplit:
     def _features(self, index: int) -> Mapping[str, Any]:
         """Returns the features of an example as they are stored.
 
-        TFDS's own `deserialize_example_np` gives the same, but takes some ten times as long,
-        under Python's lock, and decodes masks and boxes too.
+        TFDS's own `deserialize_example_np` returns the same, but takes about ten times as long,
+        holds Python's lock, and decodes masks and boxes too.
         """
         from tensorflow_datasets.proto import tf_example_pb2
 
@@ -80,7 +76,7 @@ class TfdsSplit:
         except RuntimeError as error:
             raise OSError(str(error)) from None
         if not record:
-            # What the reader returns where the file's end is missing.
+            # The reader returns this if the file's end is missing.
             raise OSError("the record is empty: its file is damaged or cut short")
         return tf_example_pb2.Example.FromString(record).features.feature
 
@@ -88,20 +84,19 @@ class TfdsSplit:
 def read_tfds(name: str, data_dir: str | None, val_fraction: float) -> EncodedDataset:
     """Opens a prepared dataset of single-label images.
 
-    Splits: TFDS's "train", "validation" (or "val") and "test"; others are left alone. A dataset
-    without "test" (ImageNet's has no labels) is tested on "validation". Where that leaves no
-    "val", it is held out from "train": at random over all examples instead of within each class,
-    for the labels of a large dataset aren't read up front.
+    Splits: TFDS's "train", "validation" (or "val") and "test"; others are ignored. A dataset
+    without "test" (ImageNet's has no labels) is tested on "validation". If that leaves no "val", it
+    is held out from "train": at random from all examples instead of within each class, because the
+    labels of a large dataset aren't read in advance.
 
     Args:
       name: NAME[/CONFIG][:VERSION] as in TFDS, for example "imagenette/320px".
-      data_dir: where it was prepared; None: TFDS's, that is $TFDS_DATA_DIR or
-        ~/tensorflow_datasets.
-      val_fraction: of "train" that is held out where the dataset has no "val" of its own; 0: none.
+      data_dir: where it was prepared; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      val_fraction: of "train", held out if the dataset has no "val" of its own; 0: none.
 
     Raises:
-      UsageError: unknown, not prepared, prepared in another format or in part, or not a dataset
-        of images ("image") that have one label each ("label").
+      UsageError: the dataset is unknown, not prepared, prepared in another format or in part, or
+        has no images ("image") with one label each ("label").
     """
     import tensorflow_datasets as tfds
 
@@ -143,7 +138,7 @@ def read_tfds(name: str, data_dir: str | None, val_fraction: float) -> EncodedDa
         splits["val"] = split(validation)
     elif val_fraction:
         train = splits["train"]
-        kept, held = hold_out(np.zeros(len(train), np.int8), val_fraction, _SPLIT_SEED)
+        kept, held = hold_out(np.zeros(len(train), np.int8), val_fraction)
         if not len(held):
             raise UsageError(
                 f"a fraction of {val_fraction} of {name}'s {len(train)} training examples is none"
@@ -153,15 +148,14 @@ def read_tfds(name: str, data_dir: str | None, val_fraction: float) -> EncodedDa
 
 
 def find_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
-    """Returns TFDS's builder of a dataset, whether or not that is prepared.
+    """Returns TFDS's builder of a dataset, prepared or not.
 
     Raises:
       UsageError: there is no such dataset, config or version.
     """
     import tensorflow_datasets as tfds
 
-    # Without the namespaces and keyword arguments that TFDS would accept: they reach for code
-    # elsewhere.
+    # Without the namespaces and keyword arguments that TFDS accepts: they load code from elsewhere.
     match = re.fullmatch(r"(\w+)(?:/([^:,=]+))?(?::[\d.*]+)?", name)
     if not match:
         raise UsageError(f"dataset name {name!r}, expected NAME[/CONFIG][:VERSION]")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,8 @@ import optax
 from flax import linen as nn
 from scipy.stats import binomtest
 
+from aim_flax.data.dataset import EvalBatches
 from aim_flax.devices import AXIS, Devices
-
-if TYPE_CHECKING:
-    from aim_flax.data import in_memory, streamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +53,17 @@ class Evaluation:
 def build_evaluate(
     model: nn.Module,
     devices: Devices,
-    batches: "in_memory.EvalBatches | streamed.EvalBatches",
+    batches: EvalBatches,
     num_classes: int,
-) -> Callable[[Any], Evaluation]:
+    together: bool = False,
+) -> Callable[[Any], Any]:
     """Returns variables -> Evaluation of all batches of a split, a compiled call per batch.
 
     Args:
       model: `model.apply(variables, images, train=False)` gives logits; of a Linen module or
         `interventions.Choosable`.
+      together: whether variables have a leading axis, of networks that are evaluated at once; then
+        there is a list with an Evaluation of each.
 
     The evaluation raises RuntimeError if any example was neither counted once nor left out.
     """
@@ -78,27 +79,41 @@ def build_evaluate(
 
     # Not a loop within one program: XLA on CPU computes convolutions in loops several times slower.
     sharded = (2,) if batches.sharded else ()
-    add_batch = devices.map(on_device, donate=(0,), sharded=sharded)
-    zero = {
-        "loss": np.zeros((), np.float32),
-        "confusion": np.zeros((num_classes, num_classes), np.int32),
-        "count": np.zeros((), np.int32),
-        "skipped": np.zeros((), np.int32),
-    }
+    one = jax.vmap(on_device, in_axes=(0, 0, None)) if together else on_device
+    add_batch = devices.map(one, donate=(0,), sharded=sharded)
 
-    def evaluate(variables: Any) -> Evaluation:
-        sums, is_correct = devices.replicate(zero), []
+    def evaluate(variables: Any) -> Evaluation | list[Evaluation]:
+        axes = jax.tree.leaves(devices.local(variables))[0].shape[:1] if together else ()
+        sums, is_correct = devices.replicate(_zero(axes, num_classes)), []
         for data in batches:
             sums, of_batch = add_batch(sums, variables, data)
             is_correct.append(of_batch)
         sums, is_correct = devices.fetch((sums, is_correct))
-        count, skipped = int(sums["count"]), int(sums["skipped"])
-        if not (count == sums["confusion"].sum() and count + skipped == batches.examples):
-            raise RuntimeError(f"{count} of {batches.examples} examples were evaluated")
-        is_correct = np.concatenate(is_correct)[: batches.examples]
-        return Evaluation(float(sums["loss"]) / count, sums["confusion"], is_correct, skipped)
+        is_correct = np.concatenate(is_correct, axis=-1)[..., : batches.examples]
+        if not together:
+            return _evaluation(sums, is_correct)
+        each = [jax.tree.map(lambda sum_of, i=i: sum_of[i], sums) for i in range(len(is_correct))]
+        return [_evaluation(*of_one) for of_one in zip(each, is_correct, strict=True)]
 
     return evaluate
+
+
+def _zero(axes: tuple[int, ...], num_classes: int) -> dict[str, np.ndarray]:
+    """Returns the sums of `_score` and of left-out images before any batch, with leading axes."""
+    return {
+        "loss": np.zeros(axes, np.float32),
+        "confusion": np.zeros((*axes, num_classes, num_classes), np.int32),
+        "count": np.zeros(axes, np.int32),
+        "skipped": np.zeros(axes, np.int32),
+    }
+
+
+def _evaluation(sums: dict[str, np.ndarray], is_correct: np.ndarray) -> Evaluation:
+    """Returns the Evaluation of one network, after a check that each image was counted once."""
+    count, skipped, examples = int(sums["count"]), int(sums["skipped"]), len(is_correct)
+    if not (count == sums["confusion"].sum() and count + skipped == examples):
+        raise RuntimeError(f"{count} of {examples} examples were evaluated")
+    return Evaluation(float(sums["loss"]) / count, sums["confusion"], is_correct, skipped)
 
 
 def _score(

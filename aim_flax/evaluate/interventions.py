@@ -1,12 +1,13 @@
 """Evaluation with an altered memory, to learn what a trained network uses its memory for.
 
 A memory that grows during training need not be used. Taking it away from some layers, or giving
-an example another example's, shows by how much the accuracy hangs on it: causal evidence, where
-the norms that a read records are only a correlation.
+an example another example's memory, shows how much the accuracy depends on it. That is causal
+evidence; the norms that a read records are only a correlation.
 """
 
 import dataclasses
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,22 +20,6 @@ from aim_flax.latch import AiM, Alteration, compile_patterns
 from aim_flax.memory import fixed_key
 
 
-def _keep(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
-    return m
-
-
-def _zero(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
-    return jnp.zeros_like(m)
-
-
-def _mean(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
-    return m.mean(axis=0, keepdims=True)
-
-
-def _shuffle(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
-    return jnp.roll(m, -1, axis=0)
-
-
 def _noise(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
     floats = tuple(range(1, m.ndim))
     mean, deviation = m.mean(floats, keepdims=True), m.std(floats, keepdims=True)
@@ -42,17 +27,13 @@ def _noise(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.
     return mean + deviation * jax.random.normal(fixed_key(path.split("/")), shape, m.dtype)
 
 
-def _reset(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
-    return weights
-
-
-_ALTERATIONS = {
-    "keep": _keep,
-    "zero": _zero,
-    "mean": _mean,
-    "shuffle": _shuffle,
+_ALTERATIONS: dict[str, Alteration] = {
+    "keep": lambda m, *_: m,
+    "zero": lambda m, *_: jnp.zeros_like(m),
+    "mean": lambda m, *_: m.mean(axis=0, keepdims=True),
+    "shuffle": lambda m, *_: jnp.roll(m, -1, axis=0),
     "noise": _noise,
-    "reset": _reset,
+    "reset": lambda m, weights, *_: weights,
 }
 READ_KINDS = tuple(_ALTERATIONS)
 KINDS = (*READ_KINDS, "no_write")
@@ -61,24 +42,24 @@ KINDS = (*READ_KINDS, "no_write")
 def intervene(model: nn.Module, kind: str, at: str = ".*") -> AiM:
     """Returns a network with the same variables that computes with an altered memory.
 
-    Only what layers read is altered: update blocks, and so all later memories, still start from the
+    Only what layers read is altered. Update blocks, and so all later memories, still start from the
     true memory, so that an effect belongs to the reads that `at` names. (What an altered read
-    changes in its layer's output does reach later updates, as it reaches everything behind it.)
-    Interventions on an altered network add up, in the order in which they were made.
+    changes in its layer's output does reach later updates, like everything after that layer.)
+    Interventions on an altered network are applied in the order in which they were made.
 
     Args:
       model: a latched network, as `build_model` returns it for a config with a memory.
-      kind: "keep" changes nothing. With the others the reads find
+      kind: "keep" changes nothing. With the others the reads find:
         "zero": zeros;
         "mean": the mean of the memory over the examples of the batch;
-        "shuffle": each example the memory of the next, and the last that of the first;
+        "shuffle": for each example the memory of the next one, for the last that of the first;
         "noise": normal noise with the mean and standard deviation of the example's own memory,
-          from a key that is fixed for the layer, so that evaluation can be repeated;
+          from a fixed key for each layer, so that evaluation can be repeated;
         "reset": the memory of the learned weights alone, without what updates wrote or what was
           carried.
-        With "no_write" the update blocks leave the memory as it was. As long as nothing is written
-        the memory is one for the whole batch, so that "mean" and "shuffle" change nothing.
-        A batch is that of one device, rows that only fill it up included.
+        With "no_write" the update blocks leave the memory as it was. Until something is written,
+        all examples of a batch share one memory, so that "mean" and "shuffle" change nothing.
+        A batch is that of one device, including the rows that only fill it up.
       at: a regular expression that must match the whole path of a reading layer, or with
         "no_write" of a module with an update block; `layers` lists both.
 
@@ -125,10 +106,10 @@ def matching(model: nn.Module, at: str, *args: Any, **kwargs: Any) -> tuple[list
 
 
 def reads_per_example(model: AiM, *args: Any, **kwargs: Any) -> set[str]:
-    """Returns the paths of the layers that find a memory of each example's own.
+    """Returns the paths of the layers that find a different memory for each example.
 
-    The others find one that is the same for the whole batch, so that "mean" and "shuffle" change
-    nothing there, and "reset" only takes away what was carried.
+    The others find the same memory for the whole batch. There "mean" and "shuffle" change nothing,
+    and "reset" only takes away what was carried.
 
     Args:
       *args, **kwargs: as for `layers`, with at least two examples.
@@ -179,16 +160,14 @@ class Choosable:
         own = {name: value for name, value in variables.items() if name != "interventions"}
 
         def alter(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
-            def branch(alteration):
-                def altered(m, weights):
-                    found = alteration(m, weights, batch_size, path)
-                    # Of one shape, which noise has for each example.
-                    return jnp.broadcast_to(found, (batch_size, *m.shape[1:]))
-
-                return altered
+            def altered(alteration, m, weights):
+                found = alteration(m, weights, batch_size, path)
+                # All branches must have one shape; noise has a row for each example.
+                return jnp.broadcast_to(found, (batch_size, *m.shape[1:]))
 
             index = variables["interventions"][self.reads.index(path)]
-            return jax.lax.switch(index, [branch(a) for a in _ALTERATIONS.values()], m, weights)
+            branches = [partial(altered, alteration) for alteration in _ALTERATIONS.values()]
+            return jax.lax.switch(index, branches, m, weights)
 
         return _altering(self.model, alter).apply(own, *args, **kwargs)
 

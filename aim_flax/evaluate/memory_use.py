@@ -20,16 +20,16 @@ def memory_use(
         train=False where it is not said otherwise.
 
     Returns:
-      {"read LAYER": {"share": ..., "own": ...}}, L2 norms per example of the memory's share and
-      of the layer's own output, averaged over the batch; {"update BLOCK": ...} with the norms of
-      the change and of the memory before it. A layer that is called several times is averaged.
+      {"read LAYER": {"share": ..., "own": ...}}: L2 norms per example of the memory's share and
+      of the layer's own output, averaged over the batch; and {"update BLOCK": ...}, the norms of
+      the change and of the memory before it. Layers that are called several times are averaged.
       Empty for a plain network.
     """
     if not MODES.keys() & kwargs.keys():
         kwargs["train"] = False
     _, recorded = model.apply(variables, *args, **kwargs, mutable=["intermediates"])
     kinds = {"memory_use": "read", "memory_update_use": "update"}
-    # In the order of the calls; of a plain dict, jax.jit would return the keys sorted.
+    # In the order of the calls: jax.jit would sort the keys of a plain dict.
     uses = OrderedDict()
     for path, calls in flatten_dict(recorded.get("intermediates", {})).items():
         if path[-1] in kinds:

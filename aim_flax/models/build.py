@@ -17,8 +17,8 @@ from aim_flax.models.vgg import VGG
 
 MODELS = {"mlp": MLP, "resnet": ResNet, "vgg": VGG}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Fields of the classes that no config sets: Flax's own, what networks from elsewhere need, and what
-# `evaluate.interventions` sets.
+# Fields that no config sets: Flax's own, what networks from elsewhere need, and those that
+# `intervene` sets.
 _NO_OPTIONS = {"parent", "name", "mode", "check_batch", "watch", "alter_read", "no_write"}
 
 
@@ -69,7 +69,7 @@ def _values(config: Mapping[str, Any]) -> dict[str, Any]:
 def _construct(
     group: str, module: type[nn.Module], options: dict[str, Any], **given: Any
 ) -> nn.Module:
-    """Returns the module with the options of a group of the config, and what isn't in the group."""
+    """Returns the module with the options of a group of the config, and the other fields given."""
     valid = {field.name for field in dataclasses.fields(module)} - _NO_OPTIONS - given.keys()
     for key in options:
         if key not in valid:

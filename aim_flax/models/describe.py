@@ -46,7 +46,7 @@ def describe(config: ConfigDict) -> str:
 def _table(variables: Mapping[str, Any], backbone: Mapping[str, Any]) -> list[tuple]:
     """Returns (part, parameters, running statistics): the backbone, then what was latched on.
 
-    A `concat` read has no parameters of its own: its row is what the layer's kernel gained.
+    A `concat` read has no parameters of its own: its row counts the layer's larger kernel.
     """
     plain = {
         collection: {path: leaf.size for path, leaf in flatten_dict(tree).items()}
@@ -66,7 +66,7 @@ def _table(variables: Mapping[str, Any], backbone: Mapping[str, Any]) -> list[tu
 
 
 def _part(path: tuple[str, ...]) -> str:
-    """Returns the row of a parameter that the plain backbone has not, or has smaller."""
+    """Returns the row of a parameter that the plain backbone lacks, or has at a smaller size."""
     if path[0] in ("memory", "memory_initial"):
         return path[0]
     for name, part in (("memory_read", "read"), ("memory_update", "update")):
@@ -78,7 +78,7 @@ def _part(path: tuple[str, ...]) -> str:
 def multiply_adds(jaxpr: Jaxpr) -> int:
     """Returns the multiply-adds of all matrix products and convolutions in a jaxpr.
 
-    Positions that a convolution pads count as well; the body of a scan counts for each turn.
+    Padding counts as well; the body of a scan counts once per turn.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -98,11 +98,6 @@ def multiply_adds(jaxpr: Jaxpr) -> int:
 
 
 def _inner(params: Mapping[str, Any]) -> list[Jaxpr]:
-    found = []
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, ClosedJaxpr):
-                found.append(item.jaxpr)
-            elif isinstance(item, Jaxpr):
-                found.append(item)
-    return found
+    leaves = jax.tree.leaves(list(params.values()))
+    inner = [leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf for leaf in leaves]
+    return [leaf for leaf in inner if isinstance(leaf, Jaxpr)]

@@ -29,13 +29,13 @@ class ResNet(nn.Module):
     Attributes:
       num_classes: width of the output.
       stage_sizes: blocks in each stage. ResNet50: 3, 4, 6, 3.
-      width: channels of the stem and of the inner convolutions of stage 1, which double in every
-        further stage; or a sequence with those of each stage, the stem having the first.
+      width: channels of the stem and of the inner convolutions of stage 1, twice as many in every
+        further stage; or a sequence with the channels of each stage, the first also the stem's.
       stem: "imagenet" (7x7 convolution, 3x3 max pool of stride 2) or "cifar" (3x3 convolution of
         stride 1, no pool).
       stem_stride: of the 7x7 convolution. Published: 1 with memory, 2 in the control.
-      conv_bias: whether convolutions have biases. Published: yes, though the batch norm behind
-        each of them takes it out again.
+      conv_bias: whether convolutions have biases. Published: yes, though the batch norm after
+        each convolution cancels its bias.
       momentum, epsilon: of the batch norms.
       dtype: of the computation; None takes the inputs' and parameters' own, also for the logits.
       axis_name: device axis over which batch statistics are averaged in training, or None.
@@ -64,8 +64,7 @@ class ResNet(nn.Module):
           train: whether batch norm uses (and records) the statistics of this batch.
 
         Raises:
-          UsageError: for a `stem` or `pointwise` that does not exist, or widths that are not one
-            for each stage.
+          UsageError: for an unknown `stem` or `pointwise`, or not one width for each stage.
         """
         check_choice("stem", self.stem, STEMS)
         check_choice("pointwise", self.pointwise, POINTWISE)
@@ -85,10 +84,7 @@ class ResNet(nn.Module):
             axis_name=self.axis_name,
         )
         widths = stage_widths(self.width, self.stage_sizes)
-        if self.stem == "imagenet":
-            x = ImageNetStem(widths[0], self.stem_stride, conv, norm, name="stem")(images)
-        else:
-            x = CifarStem(widths[0], conv, norm, name="stem")(images)
+        x = Stem(self.stem, widths[0], self.stem_stride, conv, norm, name="stem")(images)
         for stage, (blocks, width) in enumerate(
             zip(self.stage_sizes, widths, strict=True), start=1
         ):
@@ -115,7 +111,7 @@ def stage_widths(width: int | Sequence[int], stage_sizes: Sequence[int]) -> tupl
     """Returns the channels of each stage's inner convolutions, for a `width` of `ResNet`.
 
     Raises:
-      UsageError: for widths that are not one for each stage.
+      UsageError: for not one width for each stage.
     """
     if not isinstance(width, Sequence):
         return tuple(width * 2**stage for stage in range(len(stage_sizes)))
@@ -127,9 +123,10 @@ def stage_widths(width: int | Sequence[int], stage_sizes: Sequence[int]) -> tupl
     return tuple(width)
 
 
-class ImageNetStem(nn.Module):
-    """7x7 convolution, batch norm, relu, 3x3 max pool of stride 2."""
+class Stem(nn.Module):
+    """Convolution, batch norm, relu: 3x3, or 7x7 and then a 3x3 max pool of stride 2."""
 
+    kind: str
     features: int
     stride: int
     conv: Callable[..., nn.Module]
@@ -137,30 +134,20 @@ class ImageNetStem(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Returns (B, ceil(H / (2·stride)), ceil(W / (2·stride)), features)."""
-        x = self.conv(
-            self.features, (7, 7), strides=self.stride, padding=[(3, 3), (3, 3)], name="conv"
-        )(images)
+        """Returns (B, H, W, features), for "imagenet" H and W divided by 2·stride, rounded up."""
+        if self.kind == "cifar":
+            x = self.conv(self.features, (3, 3), name="conv")(images)
+            return nn.relu(self.norm(name="norm")(x))
+        padding = [(3, 3), (3, 3)]
+        x = self.conv(self.features, (7, 7), strides=self.stride, padding=padding, name="conv")(
+            images
+        )
         x = nn.relu(self.norm(name="norm")(x))
         return nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])
 
 
-class CifarStem(nn.Module):
-    """3x3 convolution, batch norm, relu."""
-
-    features: int
-    conv: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module]
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Returns (B, H, W, features)."""
-        x = self.conv(self.features, (3, 3), name="conv")(images)
-        return nn.relu(self.norm(name="norm")(x))
-
-
 class BottleneckBlock(nn.Module):
-    """1x1, 3x3 and 1x1 convolution beside a shortcut.
+    """1x1, 3x3 and 1x1 convolution, added to a shortcut.
 
     Attributes:
       features: of the first two convolutions; the block's output has four times as many.

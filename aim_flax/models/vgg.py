@@ -28,8 +28,8 @@ class VGG(nn.Module):
       stage_sizes: convolutions in each stage. VGG16: 2, 2, 3, 3, 3.
       widths: features of the convolutions of each stage.
       dense_sizes: features of the dense layers in front of the head. Published: 4096, 4096.
-      pooling: "flatten" hands every pixel of the last map to the dense layers, so that the
-        parameters belong to one image size; "global" hands on its mean.
+      pooling: what the dense layers get of the last map: "flatten", every pixel, so that the
+        parameters fit one image size; "global", its mean.
       batch_norm: whether a batch norm follows each convolution. Published: no.
       momentum, epsilon: of the batch norms.
       dtype: of the computation; None takes the inputs' and parameters' own, also for the logits.
@@ -56,8 +56,7 @@ class VGG(nn.Module):
           train: whether batch norm uses (and records) the statistics of this batch.
 
         Raises:
-          UsageError: for images too small, a `pooling` that does not exist, or widths that are
-            not one for each stage.
+          UsageError: for images too small, an unknown `pooling`, or not one width for each stage.
         """
         self._check(images)
         norm = partial(

@@ -1,8 +1,8 @@
 """Controls that isolate a memory: variants of a config, each without one thing that it brings.
 
-A network with a memory has more parameters and does more arithmetic than its plain one. Only what
-it gains over controls that have those too, and over memories that cannot be learned or hold
-nothing, is the memory's.
+A network with a memory has more parameters and does more arithmetic than the plain network. Its
+memory is worth what it gains over controls that have as much of both, and over memories that are
+not learned or hold nothing.
 """
 
 import copy
@@ -30,7 +30,7 @@ def derive(config: ConfigDict, name: str) -> ConfigDict:
     - `control_params`: a wider plain network with as many trainable parameters, within 1 %.
     - `control_compute`: a wider plain network with as many multiply-adds, per image of a training
       batch's forward pass, within 1 %.
-    - `memory_frozen`: a memory that stays what it was drawn as; reads and updates are trained.
+    - `memory_frozen`: a memory that keeps its initial values; reads and updates are trained.
     - `memory_noise`, `memory_zero`: a memory of that kind, which holds nothing learned.
     - `memory_half`, `memory_double`: half and twice the floats, by its channels.
 
@@ -67,27 +67,19 @@ def count(config: ConfigDict) -> tuple[int, int]:
     return params, round(multiply_adds(jaxpr.jaxpr) / batch_size)
 
 
-def _plain(config: ConfigDict) -> None:
+def _take_memory_away(config: ConfigDict) -> None:
     config.memory = None
 
 
-def _match_params(config: ConfigDict) -> None:
-    _widen(config, lambda config: count(config)[0], "trainable parameters")
-
-
-def _match_compute(config: ConfigDict) -> None:
-    _widen(config, lambda config: count(config)[1], "multiply-adds")
-
-
-def _widen(config: ConfigDict, measure: Callable[[ConfigDict], int], what: str) -> None:
-    """Takes the memory away and widens the network to what it measured with it."""
-    goal = measure(config)
+def _widen(config: ConfigDict, which: int, what: str) -> None:
+    """Takes the memory away and widens the network until it has as much of `count(...)[which]`."""
+    goal = count(config)[which]
     config.memory = None
 
     @cache
     def size(widths: tuple[int, ...]) -> int:
         _set_widths(config, widths)
-        return measure(config)
+        return count(config)[which]
 
     start = _widths(config)
     if not start:
@@ -107,8 +99,8 @@ def _match(
 ) -> tuple[int, ...]:
     """Returns widths, none below `start`, whose size is within TOLERANCE of the goal, or near it.
 
-    All are widened in proportion as far as the goal allows; what is then missing goes to single
-    layers, those first of which a unit weighs most.
+    All are widened in proportion as far as the goal allows; the rest goes to single layers, those
+    with the largest units first.
     """
     widest = max(start)
 
@@ -134,7 +126,7 @@ def _match(
 
 
 def _most(size: Callable[[int], int], goal: int, limit: int) -> int:
-    """Returns the most units, at least 0, whose size, which grows with them, is within the goal.
+    """Returns the most units, at least 0, whose size (which grows with them) is within the goal.
 
     `limit` is a first guess at what is too many.
     """
@@ -142,7 +134,7 @@ def _most(size: Callable[[int], int], goal: int, limit: int) -> int:
         return 0
     while size(limit) <= goal:
         limit *= 2
-    # Sizes are nearly quadratic in the units, which takes few steps where bisection takes many.
+    # Sizes are nearly quadratic in the units: this takes few steps, bisection many.
     root = brentq(lambda units: size(int(units)) - goal, 0, limit, xtol=1)
     units = int(root) + 1
     while size(units) > goal:
@@ -180,36 +172,23 @@ def _memory(**values: float | str) -> Callable[[ConfigDict], None]:
     return lambda config: config.memory.update(values)
 
 
-def _halve(config: ConfigDict) -> None:
-    *rest, channels = _memory_shape(config)
-    if channels % 2:
-        raise UsageError(
-            f"memory.shape is {config.memory.shape}: {channels} channels cannot be halved"
-        )
-    _set_memory_shape(config, (*rest, channels // 2))
-
-
-def _double(config: ConfigDict) -> None:
-    *rest, channels = _memory_shape(config)
-    _set_memory_shape(config, (*rest, 2 * channels))
-
-
-def _memory_shape(config: ConfigDict) -> tuple[int, ...]:
-    return check_memory(config.memory.shape, config.memory.get("kind", Memory.kind))
-
-
-def _set_memory_shape(config: ConfigDict, shape: tuple[int, ...]) -> None:
-    with config.memory.ignore_type():  # A number is a shape, too; a saved config has lists.
-        config.memory.shape = shape
+def _scale_channels(config: ConfigDict, factor: float) -> None:
+    memory = config.memory
+    *rest, channels = check_memory(memory.shape, memory.get("kind", Memory.kind))
+    scaled = factor * channels
+    if scaled % 1:
+        raise UsageError(f"memory.shape is {memory.shape}: {channels} channels cannot be halved")
+    with memory.ignore_type():  # A number is a shape, too; a saved config has lists.
+        memory.shape = (*rest, int(scaled))
 
 
 CONTROLS: dict[str, Callable[[ConfigDict], None]] = {
-    "control": _plain,
-    "control_params": _match_params,
-    "control_compute": _match_compute,
+    "control": _take_memory_away,
+    "control_params": partial(_widen, which=0, what="trainable parameters"),
+    "control_compute": partial(_widen, which=1, what="multiply-adds"),
     "memory_frozen": _memory(learning_rate_scale=0.0),
     "memory_noise": _memory(kind="noise"),
     "memory_zero": _memory(kind="zero"),
-    "memory_half": _halve,
-    "memory_double": _double,
+    "memory_half": partial(_scale_channels, factor=0.5),
+    "memory_double": partial(_scale_channels, factor=2),
 }

@@ -1,9 +1,10 @@
-"""Which arms and seeds a study has, from what a command line says."""
+"""A study as a value, and how it is planned from the flags of a command line."""
 
 import dataclasses
 import re
 import runpy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,51 +12,12 @@ from ml_collections import ConfigDict
 
 from aim_flax import config as configs
 from aim_flax.data.load import open_dataset, with_classes
-from aim_flax.errors import UsageError, check_choice, nearest
+from aim_flax.errors import UsageError, nearest
 from aim_flax.study.controls import CONTROLS, derive
 
-
-def parse_seeds(text: str | int) -> list[int]:
-    """Returns the seeds that are meant by a number N (0 to N - 1), a range A-B (both included), or
-    several of them with commas between ("3,5,10-19", where a number is a seed), in order.
-
-    Raises:
-      UsageError: the text is something else, or names a seed twice.
-    """
-    words = str(text).split(",")
-    seeds: list[int] = []
-    for word in words:
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word)
-        if not match:
-            raise UsageError(f"seeds are {text!r}, expected a number, a range as 100-119, or a,b,c")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if len(words) == 1 and match[2] is None:
-            first, last = 0, first - 1
-        if last < first:
-            raise UsageError(f"seeds are {text!r}, which is none")
-        seeds += range(first, last + 1)
-    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-    if twice:
-        raise UsageError(f"seeds are {text!r}, which names {', '.join(map(str, twice))} twice")
-    return sorted(seeds)
-
-
-def format_seeds(seeds: Sequence[int]) -> str:
-    """Returns the text that `parse_seeds` makes these seeds of."""
-    if list(seeds) == list(range(len(seeds))):
-        return str(len(seeds))
-    return format_ranges(seeds) if len(seeds) > 1 else f"{seeds[0]}-{seeds[0]}"
-
-
-def format_ranges(seeds: Sequence[int]) -> str:
-    """Returns "0-4,7" of seeds in ascending order."""
-    ranges: list[list[int]] = []
-    for seed in seeds:
-        if ranges and seed == ranges[-1][1] + 1:
-            ranges[-1][1] = seed
-        else:
-            ranges.append([seed, seed])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+MOST_SEEDS = 10_000
+# Stands in for a command line, as a comment among them.
+NOT_RECORDED = "# A step from Python, or from before command lines were recorded: see study.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,145 +25,194 @@ class Arm:
     """An arm of a study.
 
     Attributes:
-      config: with its name as `arm`.
-      options: what a command line needs to make it: `overrides`, `custom` ({name: text} of those
-        given that it is, or is made from) and `derive_from` (None where it isn't derived).
+      config: its config, in which `arm` is its name.
+      seeds: the seeds of its runs, in ascending order.
+      origin: how it was made, as in study.json: `overrides`, the "key=value" set for all arms, and
+        `source`, the arm that it was made from (None: the config file).
     """
 
     config: ConfigDict
-    options: dict[str, Any]
+    seeds: list[int]
+    origin: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Arms with their seeds, and the arm that the others are compared with.
+
+    Attributes:
+      name: the config's name.
+      config: the config file.
+      reference: the arm that the others are compared with; None if there is none yet.
+      arms: by name, in the order in which they were added.
+      commands: the command lines that started the study, each different one once.
+    """
+
+    name: str
+    config: str
+    reference: str | None
+    arms: dict[str, Arm]
+    commands: list[str]
+
+
+# What an arm is made from: another arm (None: the config file), and the assignments to set (None:
+# it is derived as a control).
+_Source = tuple[str | None, Sequence[str] | None]
 
 
 def plan(
     file: str,
-    names: Sequence[str],
-    custom: Sequence[str],
-    overrides: Sequence[str],
-    derive_from: str | None,
-) -> dict[str, Arm]:
-    """Returns the arms by name, in the order given.
+    names: Sequence[str] = (),
+    seeds: str | int = 10,
+    custom: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    derive_from: str | None = None,
+    reference: str | None = None,
+    command: str = NOT_RECORDED,
+) -> Study:
+    """Returns the study that the flags of one command line ask for.
+
+    Args:
+      file: a config file.
+      names: arms of the file, or controls to derive, see `controls.derive`.
+      seeds: see `parse_seeds`.
+      custom: further arms, "NAME:KEY=VALUE KEY=VALUE" from the file's default arm, or
+        "NAME=ARM:..." from another one; blanks or semicolons separate the assignments.
+      overrides: "key=value" for all arms; arms without a memory ignore the memory's keys.
+      derive_from: the arm that controls are derived from; None: the first arm with a memory, of
+        `names` or else of the file.
+      reference: the arm that the others are compared with; None: `control`, if there is one.
+      command: the command line, for the report.
 
     Raises:
-      UsageError: an arm is unknown, named twice, or can't be made.
+      UsageError: the seeds can't be read, or an arm is unknown, named twice, or can't be made.
     """
+    chosen = parse_seeds(seeds)
     if ":" in Path(file).name:
         raise UsageError(f"config is {file!r}, expected a file; its arms are named by --arms")
     configs.load(file)  # raises where it is no config
-    own: tuple[str, ...] = runpy.run_path(file)["ARMS"]
-    for assignment in overrides:
-        if assignment.partition("=")[0] in ("seed", "arm", "name"):
-            raise UsageError(f"{assignment!r}: a study sets this key by itself")
-    defined = _parse_custom(custom, own)
-    wanted = [*names, *defined]
-    valid = list(dict.fromkeys([*own, *CONTROLS, *defined]))
-    if not wanted or not all(wanted):
-        raise UsageError(
-            f"arms are {','.join(wanted)!r}, expected names; {file} has {', '.join(own)}"
-        )
+    own = {name: configs.load(f"{file}:{name}") for name in runpy.run_path(file)["ARMS"]}
+    default = next(iter(own))
+    with_memory = (n for n in (*names, *own) if n in own and own[n].memory is not None)
+    base = next(with_memory, default)
+    # Raises for a wrong key of the memory, too, which arms without a memory would ignore.
+    configs.override(own[base], overrides)
+    not_of_memory = [text for text in overrides if not text.startswith("memory.")]
+    table: dict[str, _Source] = dict.fromkeys(CONTROLS, (derive_from or base, None))
+    for name, config in own.items():
+        table[name] = (None, not_of_memory if config.memory is None else overrides)
+    wanted = list(names)
+    for text in custom:
+        name, source, assignments = _parse_custom(text)
+        if name in table:
+            raise UsageError(f"the arm {name} is there already: choose another name for {text!r}")
+        table[name] = (source or default, assignments)
+        wanted.append(name)
+    _check(file, wanted, own, table)
+    arms = {}
     for name in wanted:
-        if name not in valid:
+        try:
+            config = _make(file, name, table)
+        except UsageError as error:
+            raise UsageError(f"arm {name}: {error}") from None
+        origin = {"overrides": list(overrides), "source": table[name][0]}
+        arms[name] = Arm(config, chosen, origin)
+    return Study(config.name, file, reference, arms, [command])
+
+
+def _parse_custom(text: str) -> tuple[str, str | None, list[str]]:
+    """Returns the arm's name, the arm that it starts from (None: not given), and assignments."""
+    match = re.fullmatch(r"([\w+-][\w.+-]*)(?:=([\w.+-]+))?:\s*(\S.*)", text, re.DOTALL)
+    if not match:
+        raise UsageError(
+            f"the arm {text!r} cannot be read, expected 'NAME:KEY=VALUE KEY=VALUE' or"
+            " 'NAME=ARM:KEY=VALUE'"
+        )
+    name, base, rest = match.groups()
+    # A tuple may contain blanks, so only a blank before the next key ends an assignment.
+    return name, base, re.split(r"[;\s]+(?=[\w.]+=)", rest.strip().rstrip(";"))
+
+
+def _check(
+    file: str, wanted: Sequence[str], own: Collection[str], table: Mapping[str, _Source]
+) -> None:
+    """Raises UsageError for a name or a key that a study can't have."""
+    in_file = ", ".join(own)
+    if not wanted or not all(wanted):
+        raise UsageError(f"arms are {','.join(wanted)!r}, expected names; {file} has {in_file}")
+    sources = [source for source, _ in table.values() if source is not None]
+    for name in [*wanted, *sources]:
+        if name not in table:
             raise UsageError(
-                f"{file} has no arm {name!r}{nearest(name, valid)}; its arms: {', '.join(own)};"
+                f"{file} has no arm {name!r}{nearest(name, table)}; its arms: {in_file};"
                 f" derived: {', '.join(control for control in CONTROLS if control not in own)}"
             )
         if wanted.count(name) > 1:
             raise UsageError(f"the arm {name} is named twice")
-
-    def of_file(name: str) -> ConfigDict:
-        config = configs.load(f"{file}:{name}")
-        return configs.override(config, _concerning(config, overrides))
-
-    def source() -> str:
-        if derive_from is not None:
-            check_choice("the arm to derive controls from", derive_from, [*own, *defined])
-            return derive_from
-        with_memory = (n for n in [*names, *own] if n in own and of_file(n).memory is not None)
-        found = next(with_memory, None)
-        if found is None:
-            raise UsageError(f"{file} has no arm with a memory to derive controls from")
-        return found
-
-    def make(name: str, above: tuple[str, ...] = ()) -> ConfigDict:
-        if name in above:
-            raise UsageError(f"the arm {name} is derived from itself: name another --derive-from")
-        if name in own:
-            return of_file(name)
-        if name in defined:
-            base, assignments = defined[name]
-            config = configs.override(make(base or own[0], (*above, name)), assignments)
-            with config.unlocked():
-                config.arm = name
-            return config.lock()
-        base = _with_classes(make(source(), (*above, name)))
-        return derive(base, name)
-
-    def sources(name: str) -> list[str]:
-        """Returns the arms that an arm was made from, itself included, the first one first."""
-        if name in own:
-            return [name]
-        return [*sources((defined[name][0] or own[0]) if name in defined else source()), name]
-
-    arms = {}
-    texts = dict(zip(defined, custom, strict=True))
-    for name in wanted:
-        try:
-            made = make(name)
-        except UsageError as error:
-            raise UsageError(f"arm {name}: {error}") from None
-        chain = sources(name)
-        is_derived = any(n not in own and n not in defined for n in chain)
-        options = {
-            "overrides": list(overrides),
-            "custom": {n: texts[n] for n in chain if n in defined},
-            "derive_from": source() if is_derived else None,
-        }
-        arms[name] = Arm(made, options)
-    # Also where only arms without a memory are added to a study.
-    if not any(of_file(name).memory is not None for name in own):
-        for assignment in overrides:
-            if assignment.startswith("memory."):
-                raise UsageError(f"{assignment!r} changes nothing: {file} has no arm with a memory")
-    return arms
-
-
-def _parse_custom(
-    texts: Sequence[str], own: Sequence[str]
-) -> dict[str, tuple[str | None, list[str]]]:
-    """Returns {name: (the arm it starts from or None, assignments)}; see `run` for the texts."""
-    defined: dict[str, tuple[str | None, list[str]]] = {}
-    for text in texts:
-        match = re.fullmatch(r"([\w+-][\w.+-]*)(?:=([\w.+-]+))?:\s*(\S.*)", text, re.DOTALL)
-        if not match:
-            raise UsageError(
-                f"the arm {text!r} cannot be read, expected 'NAME:KEY=VALUE KEY=VALUE' or"
-                " 'NAME=ARM:KEY=VALUE'"
-            )
-        name, base, rest = match.groups()
-        if name in own or name in CONTROLS:
-            raise UsageError(f"the arm {name} is there already: choose another name for {text!r}")
-        valid = [*own, *CONTROLS, *defined]
-        if base is not None and base not in valid:
-            raise UsageError(f"{text!r} starts from no arm that is known{nearest(base, valid)}")
-        # A tuple may have blanks of its own: an assignment starts where a key does.
-        assignments = re.split(r"[;\s]+(?=[\w.]+=)", rest.strip().rstrip(";"))
-        for assignment in assignments:
+    for _, assignments in table.values():
+        for assignment in assignments or ():
             if assignment.partition("=")[0] in ("seed", "arm", "name"):
-                raise UsageError(f"{assignment!r} in {text!r}: a study sets this key by itself")
-        defined[name] = (base, assignments)
-    if len(defined) < len(texts):
-        raise UsageError("two arms are defined by the same name")
-    return defined
+                raise UsageError(f"{assignment!r}: a study sets this key by itself")
 
 
-def _concerning(config: ConfigDict, assignments: Sequence[str]) -> list[str]:
-    """Returns the assignments without those of the memory's options, where there is none."""
-    if config.memory is not None:
-        return list(assignments)
-    return [a for a in assignments if not a.startswith("memory.")]
+def _make(file: str, name: str, table: Mapping[str, _Source]) -> ConfigDict:
+    """Returns an arm's config, made step by step from one of the config file's own arms."""
+    chain = [name]
+    while (source := table[chain[0]][0]) is not None:
+        if source in chain:
+            raise UsageError(f"the arm {source} is derived from itself: name another --derive-from")
+        chain.insert(0, source)
+    config = configs.load(f"{file}:{chain[0]}")
+    for arm in chain:
+        _, assignments = table[arm]
+        if assignments is not None:
+            config = configs.override(config, assignments)
+            with config.unlocked():
+                config.arm = arm
+        else:
+            # A control's size depends on the number of classes.
+            if config.model.num_classes is None:
+                config = with_classes(config, open_dataset(config).classes)
+            config = derive(config, arm)
+    return config
 
 
-def _with_classes(config: ConfigDict) -> ConfigDict:
-    """Returns the config with its dataset's number of classes, which the size depends on."""
-    if config.model.num_classes is not None:
-        return config
-    return with_classes(config, open_dataset(config).classes)
+def parse_seeds(text: str | int) -> list[int]:
+    """Returns the seeds that a text means, in ascending order.
+
+    Args:
+      text: a number N (0 to N - 1), a range A-B (both included), or several of them with commas
+        between ("3,5,10-19", where a number is a seed).
+
+    Raises:
+      UsageError: the text is something else, names a seed twice, or means more than MOST_SEEDS.
+    """
+    words = str(text).split(",")
+    seeds: list[int] = []
+    for word in words:
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word)
+        if not match:
+            raise UsageError(f"seeds are {text!r}, expected a number, a range like 5-9, or a,b,c")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if len(words) == 1 and match[2] is None:
+            first, last = 0, first - 1
+        if last < first:
+            raise UsageError(f"seeds are {text!r}, which names no seed")
+        if len(seeds) + last - first >= MOST_SEEDS:
+            raise UsageError(f"seeds are {text!r}, expected at most {MOST_SEEDS:,} of them")
+        seeds += range(first, last + 1)
+    twice = [str(seed) for seed, times in sorted(Counter(seeds).items()) if times > 1]
+    if twice:
+        raise UsageError(f"seeds are {text!r}, which names {', '.join(twice)} twice")
+    return sorted(seeds)
+
+
+def format_ranges(seeds: Sequence[int]) -> str:
+    """Returns "0-4,7" for seeds in ascending order."""
+    ranges: list[list[int]] = []
+    for seed in seeds:
+        if ranges and seed == ranges[-1][1] + 1:
+            ranges[-1][1] = seed
+        else:
+            ranges.append([seed, seed])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)

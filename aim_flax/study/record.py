@@ -1,30 +1,34 @@
 """A study's own file, study.json: what the study consists of."""
 
+import dataclasses
 import json
-import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from aim_flax import files
 from aim_flax.errors import UsageError, check_choice
-from aim_flax.files import read_json
-from aim_flax.study.plan import Arm, format_seeds
-from aim_flax.train.workdir import NOT_OF_THE_RUN, differences
+from aim_flax.study.plan import NOT_RECORDED, Arm, Study
+from aim_flax.train.workdir import NOT_OF_THE_RUN, differences, held
 
 STUDY = "study.json"
+_SECONDS_TO_WAIT = 60.0  # for another process that is adding to the study
 
 
-def read_study(workdir: Path) -> dict[str, Any] | None:
-    """Returns the content of study.json; None where a study can be begun.
+def read_study(workdir: Path) -> Study | None:
+    """Returns the study of a workdir; None if there is none yet.
 
     Raises:
       UsageError: the workdir holds something else.
     """
     if (workdir / STUDY).is_file():
-        return read_json(workdir / STUDY)
+        saved = {"commands": [NOT_RECORDED]} | files.read_json(workdir / STUDY)
+        arms = {
+            name: Arm(ConfigDict(arm.pop("config")), arm.pop("seeds"), origin=arm)
+            for name, arm in saved["arms"].items()
+        }
+        return Study(**saved | {"arms": arms})
     if workdir.exists():
         if not workdir.is_dir():
             raise UsageError(f"{workdir} is a file, expected a directory")
@@ -33,104 +37,70 @@ def read_study(workdir: Path) -> dict[str, Any] | None:
     return None
 
 
-def write_study(workdir: Path, study: dict[str, Any]) -> None:
-    try:
-        files.write_json(workdir / STUDY, study)
-    except OSError as error:
-        raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
-
-
-def merge(
-    study: dict[str, Any] | None,
-    workdir: Path,
-    name: str,
-    file: str,
-    planned: dict[str, Arm],
-    seeds: Sequence[int],
-    reference: str | None,
-) -> dict[str, Any]:
-    """Returns what the study consists of with these arms and seeds added.
+def add(workdir: Path, planned: Study) -> Study:
+    """Adds what is planned to the workdir's study, writes it, and returns it.
 
     Raises:
-      UsageError: the workdir's study is another one.
+      UsageError: as `merge` does, or the workdir is not writable.
     """
-    study = study or {"name": name, "config": file, "reference": None, "arms": {}}
-    if study["name"] != name:
-        raise UsageError(f"{workdir} holds a study of {study['name']}; choose another --workdir")
-    arms = study["arms"]
-    for arm, plan in planned.items():
-        if arm not in arms:
-            arms[arm] = plan.options | {"seeds": [], "config": json.loads(plan.config.to_json())}
-        elif changes := differences(ConfigDict(arms[arm]["config"]), plan.config):
-            raise UsageError(
-                f"{workdir} holds a study with another arm {arm}, which differs in {changes};"
-                " choose another --workdir"
-            )
-        arms[arm]["seeds"] = sorted({*arms[arm]["seeds"], *seeds})
-    _check_same_overrides(workdir, arms)
-    if reference is not None:
-        check_reference(reference, arms)
-        study["reference"] = reference
-    elif study["reference"] is None and "control" in arms:
-        study["reference"] = "control"
-    study["config"] = file
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with held(workdir, _SECONDS_TO_WAIT):
+            study = merge(workdir, planned)
+            arms = {
+                name: arm.origin | {"seeds": arm.seeds, "config": json.loads(arm.config.to_json())}
+                for name, arm in study.arms.items()
+            }
+            files.write_json(workdir / STUDY, vars(study) | {"arms": arms})
+    except OSError as error:
+        raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
     return study
 
 
-def _check_same_overrides(workdir: Path, arms: dict[str, Any]) -> None:
-    """Raises UsageError where arms that are compared were made with different overrides."""
-    first, *others = arms
-    there = _of_result(arms[first]["overrides"])
-    for arm in others:
-        here = _of_result(arms[arm]["overrides"])
-        for key in dict.fromkeys([*there, *here]):
-            if there.get(key) != here.get(key):
+def merge(workdir: Path, planned: Study) -> Study:
+    """Returns the workdir's study with what is planned added; nothing is written.
+
+    Raises:
+      UsageError: the workdir holds another study or something else, or the reference is no arm.
+    """
+    saved = read_study(workdir) or dataclasses.replace(planned, arms={}, commands=[])
+    if saved.name != planned.name:
+        raise UsageError(f"{workdir} holds a study of {saved.name}; choose another --workdir")
+    arms = dict(saved.arms)
+    for name, arm in planned.arms.items():
+        there = arms.setdefault(name, arm)
+        if changes := differences(there.config, arm.config):
+            raise UsageError(
+                f"{workdir} holds a study with another arm {name}, which differs in {changes};"
+                " choose another --workdir"
+            )
+        seeds = sorted({*there.seeds, *arm.seeds})
+        arms[name] = dataclasses.replace(there, seeds=seeds)
+    _check_same_overrides(workdir, arms)
+    reference = saved.reference if planned.reference is None else planned.reference
+    if reference is None and "control" in arms:
+        reference = "control"
+    if reference is not None:
+        check_choice("the reference arm", reference, arms)
+    commands = list(dict.fromkeys([*saved.commands, *planned.commands]))
+    return Study(saved.name, planned.config, reference, arms, commands)
+
+
+def _check_same_overrides(workdir: Path, arms: Mapping[str, Arm]) -> None:
+    """Raises UsageError if arms that are compared were made with different overrides."""
+    there = _settings(next(iter(arms.values())))
+    for name, arm in arms.items():
+        here = _settings(arm)
+        for key in {**there, **here}:
+            old, new = there.get(key, "not set"), here.get(key, "not set")
+            if old != new:
                 raise UsageError(
-                    f"{workdir} holds a study of another config: {key} is {_value(there, key)}"
-                    f" there, {_value(here, key)} for the arm {arm}; choose another --workdir"
+                    f"{workdir} holds a study of another config: {key} is {old} there, {new} for"
+                    f" the arm {name}; choose another --workdir"
                 )
 
 
-def _of_result(overrides: Sequence[str]) -> dict[str, str]:
-    """Returns {key: value} of the overrides that a result depends on."""
-    values = {key: value for key, _, value in (text.partition("=") for text in overrides)}
-    return {key: value for key, value in values.items() if key not in NOT_OF_THE_RUN}
-
-
-def _value(values: dict[str, str], key: str) -> str:
-    return f"set to {values[key]}" if key in values else "not set"
-
-
-def check_reference(reference: str, arms: dict[str, Any]) -> None:
-    check_choice("the reference arm", reference, arms)
-
-
-def command(study: dict[str, Any]) -> str:
-    """Returns the command that makes the study; several lines where one can't."""
-    lines: list[dict[str, Any]] = []
-    for arm, plan in study["arms"].items():
-        source = plan["derive_from"]
-        for line in lines:
-            same_source = source is None or line["from"] in (None, source)
-            if line["seeds"] == plan["seeds"] and same_source:
-                break
-        else:
-            line = {"seeds": plan["seeds"], "from": None, "arms": [], "custom": {}}
-            lines.append(line)
-        line["from"] = line["from"] or source
-        line["custom"] |= plan["custom"]
-        if arm not in plan["custom"]:
-            line["arms"].append(arm)
-    overrides = next(iter(study["arms"].values()))["overrides"]
-    commands = []
-    for line in lines:
-        words = ["python", "ablate.py", "--config", study["config"]]
-        words += ["--arms", ",".join(line["arms"])] if line["arms"] else []
-        for text in line["custom"].values():
-            words += ["--arm", text]
-        words += ["--derive-from", line["from"]] if line["from"] else []
-        words += ["--seeds", format_seeds(line["seeds"])]
-        if study["reference"] not in (None, "control"):
-            words += ["--reference", study["reference"]]
-        commands.append(shlex.join([*words, *(f"--config.{a}" for a in overrides)]))
-    return "\n".join(commands)
+def _settings(arm: Arm) -> dict[str, str]:
+    """Returns {key: "set to VALUE"} for the overrides that a result depends on."""
+    pairs = (override.split("=", 1) for override in arm.origin["overrides"])
+    return {key: f"set to {value}" for key, value in pairs if key not in NOT_OF_THE_RUN}

@@ -1,6 +1,6 @@
 """What a study leaves for people: its runs, what they tell about each arm, and plots.
 
-The same runs give the same files, whenever and however often they are written.
+The same runs always give the same files.
 """
 
 import csv
@@ -147,7 +147,7 @@ def finding(arm: str, comparison: Comparison, reference: str) -> str:
 
 
 def _losses(rows: Sequence[Row], arm: str) -> str:
-    """Returns a sentence where an arm's numbers are not of all of its runs, or ""."""
+    """Returns a sentence if an arm's numbers leave out some of its runs, or ""."""
     of_arm = [row for row in rows if row["arm"] == arm]
     lost = sum(not is_finished(row) for row in of_arm)
     return f" Without a result: {lost} of {len(of_arm)} runs of `{arm}`." if lost else ""
@@ -159,8 +159,8 @@ def _selection(rows: Sequence[Row]) -> str:
     on_test = dict.fromkeys(f"`{r['arm']}`" for r in finished if r["selected_on"] == "test")
     text = (
         "Each finished run was tested once, in the epoch of its best accuracy on the selection"
-        " split (of equals that of the lowest loss; with early stopping the one that its patience"
-        " counts from)."
+        " split (among equal ones, that of the lowest loss; with early stopping, the epoch from"
+        " which its patience counts)."
     )
     if not on_test:
         return f"{text} That was the validation split; the test split had no part in it."
@@ -202,7 +202,7 @@ def _plot_arm(
     color: Any,
     name: str,
 ) -> None:
-    """Plots an arm's mean curve and its band, and what is left of each run by itself."""
+    """Plots an arm's mean curve and its band, and the rest of each run by itself."""
     common = min(map(len, finished), default=0)
     epochs = np.arange(1, common + 1)
     mean, half = mean_curve([curve[:common] for curve in finished])
@@ -221,7 +221,7 @@ def _plot_arm(
 def mean_curve(curves: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the mean of curves (runs, epochs) and half of its 95 % interval (Student's t).
 
-    Both are (epochs,) float64; of fewer than two curves there is no interval.
+    Both are (epochs,) float64; fewer than two curves have no interval.
     """
     values = np.asarray(curves, np.float64)
     if not values.size:
@@ -246,7 +246,7 @@ def _plot_differences(
     for place, (arm, comparison) in enumerate(compared.items()):
         summary, color = comparison.summary, colors[arm]
         points = 100 * np.array(list(comparison.differences.values()))
-        # Apart by seed, for on few test images many differences are equal.
+        # Spread by seed, because on few test images many differences are equal.
         spread = place + np.linspace(-0.25, 0.25, len(points)) if len(points) > 1 else [place]
         axis.plot(points, spread[: len(points)], "o", color=color, alpha=0.5, markersize=4)
         if summary.low is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from aim_flax import markdown
 from aim_flax.errors import check_choice
 from aim_flax.statistics import Comparison, Summary, compare, p_value, summarize
 from aim_flax.study.results import SPLITS, UNFINISHED, Row, accuracies_by_arm, is_finished
@@ -10,7 +11,7 @@ from aim_flax.study.results import SPLITS, UNFINISHED, Row, accuracies_by_arm, i
 def arm_table(rows: Sequence[Row], reference: str | None = None, split: str = "test") -> str:
     """Returns a Markdown table, a row per arm in the order of first appearance.
 
-    Below it stands which runs have no result: all numbers are of finished ones.
+    Below it are the runs without a result: all numbers are of finished runs.
 
     Args:
       rows: runs, with at least `arm`, `seed`, `status` (of a finished run it may be left out),
@@ -30,7 +31,7 @@ def arm_table(rows: Sequence[Row], reference: str | None = None, split: str = "t
         compared = compare(arms, reference)
         header += ["common seeds", f"difference from `{reference}` (95 % interval)"]
         header += ["p", "p, Holm", "d_z"]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    lines = [header]
     for arm, accuracies in arms.items():
         of_arm = [row for row in rows if row["arm"] == arm]
         mean = _mean(summarize(list(accuracies.values())))
@@ -38,8 +39,7 @@ def arm_table(rows: Sequence[Row], reference: str | None = None, split: str = "t
         if reference is not None:
             cells += _cells(compared[arm]) if arm in compared else [""] * 5
         lines.append(cells)
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return "\n\n".join([table, *_notes(rows)])
+    return "\n\n".join([markdown.table(lines), *_notes(rows)])
 
 
 def _runs(rows: Sequence[Row]) -> str:

@@ -1,42 +1,61 @@
-"""Checkpoints of a run: written by orbax in the background, the latest ones and the best kept."""
+"""Checkpoints of a run: written by orbax in the background, the latest two kept."""
 
 import contextlib
+import dataclasses
 import io
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import LatestN
 
 from aim_flax.errors import UsageError
+from aim_flax.train.step import TrainState, variables_of
 
 # Two, so that there is one to fall back on when the last was damaged.
 _KEEP_LATEST = 2
-_DAMAGED = "damaged-"
+_SET_ASIDE = "set-aside-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What was saved at a step.
+
+    Attributes:
+      step: after which it was saved.
+      state: the training state; None where only the best network was saved, for the loss was not
+        finite then.
+      best: the variables of the best epoch so far; None before the first epoch has ended.
+      progress: JSON; its `best_step` (None, or a step) is that of `best`.
+    """
+
+    step: int
+    state: TrainState | None
+    best: dict[str, Any] | None
+    progress: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints under a directory, each a training state and the run's progress.
+    """The checkpoints under a directory.
 
     A checkpoint appears whole or not at all, also when the process is killed while one is
-    written. Progress is JSON; its `best_step` (None, or a step) names the checkpoint that is
-    kept beside the latest two.
+    written. Each holds all that a run needs to go on, the best network so far included.
     """
 
     def __init__(self, directory: Path, read_only: bool = False):
         self._directory = directory.resolve()
-        self._best_step: int | None = None
         if read_only and not directory.is_dir():
             raise UsageError(f"there are no checkpoints in {directory}")
         with _quiet():
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=_KeepLatestAndBest(self),
+                preservation_policy=LatestN(_KEEP_LATEST),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
             )
@@ -47,56 +66,84 @@ class Checkpoints:
         """The steps at which there is a checkpoint, in ascending order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Starts to write a checkpoint; the arrays, numpy, must not change until it is done."""
-        self._best_step = progress["best_step"]
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.tree.map(np.asarray, state)),
-            progress=ocp.args.JsonSave(progress),
-        )
+    def save(
+        self,
+        step: int,
+        progress: dict[str, Any],
+        state: TrainState | None = None,
+        best: dict[str, Any] | None = None,
+    ) -> None:
+        """Starts to write a checkpoint; the arrays, numpy, must not change until it is done.
+
+        Args:
+          step, progress, state, best: as in `Checkpoint`; a `best` that is the state's own network
+            may be left out.
+        """
+        trees = {"state": state, "best": best}
+        items = {
+            name: ocp.args.StandardSave(jax.tree.map(np.asarray, tree))
+            for name, tree in trees.items()
+            if tree is not None
+        }
+        arguments = ocp.args.Composite(**items, progress=ocp.args.JsonSave(progress))
         self._manager.save(step, args=arguments, force=True)
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns state (of the structure, shapes and dtypes of `like`) and progress of a step.
+    def restore(self, step: int, like: TrainState) -> Checkpoint:
+        """Returns the checkpoint of a step, with the structure, shapes and dtypes of `like`.
 
         Raises:
           UsageError: there is no checkpoint of that step, or it cannot be read.
         """
         if step not in self.steps:
-            there = ", ".join(map(str, self.steps)) or "none"
-            raise UsageError(f"no checkpoint of step {step} in {self._directory}; there: {there}")
+            self._raise_missing(step, self.steps)
         like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
-        )
+        trees = {"state": like, "best": variables_of(like)}
+        items = {
+            name: ocp.args.StandardRestore(tree)
+            for name, tree in trees.items()
+            if (self._directory / str(step) / name).is_dir()
+        }
+        arguments = ocp.args.Composite(**items, progress=ocp.args.JsonRestore())
         try:
             with _quiet():
                 restored = self._manager.restore(step, args=arguments)
         except Exception as error:  # Whatever a damaged file makes orbax or tensorstore raise.
             reason = " ".join(str(error).split())[:120]
             raise UsageError(f"the checkpoint of step {step} cannot be read: {reason}") from error
-        return restored.state, restored.progress
+        state, best = restored.get("state"), restored.get("best")
+        best_step = restored.progress["best_step"]
+        if best is None and best_step == step:
+            best = variables_of(state)
+        elif best is None and best_step is not None:
+            # Written before a checkpoint held its best network: that has a checkpoint of its own.
+            best = self.restore(best_step, like).best
+        return Checkpoint(step, state, best, restored.progress)
 
-    def restore_latest(self, like: Any) -> tuple[Any, dict[str, Any], list[str]] | None:
-        """Returns state and progress of the latest readable checkpoint, or None if there is none.
+    def latest(self, like: TrainState, needs: str = "state") -> tuple[Checkpoint | None, list[str]]:
+        """Returns the latest readable checkpoint that has what is needed, or None without one.
 
         Also the messages of those that came after it and could not be read.
+
+        Args:
+          like: as for `restore`.
+          needs: "state" or "best".
 
         Raises:
           UsageError: there are checkpoints, and none can be read.
         """
         messages: list[str] = []
-        for step in reversed(self.steps):
+        steps = self.steps
+        for step in reversed(steps):
             try:
-                state, progress = self.restore(step, like)
+                found = self.restore(step, like)
             except UsageError as error:
                 messages.append(str(error))
                 continue
-            self._best_step = progress["best_step"]
-            return state, progress, messages
-        if messages:
+            if getattr(found, needs) is not None:
+                return found, messages
+        if messages and len(messages) == len(steps):
             raise UsageError("; ".join(messages))
-        return None
+        return None, messages
 
     def set_aside_after(self, step: int) -> None:
         """Moves checkpoints later than `step` out of the way, without deleting them."""
@@ -104,26 +151,51 @@ class Checkpoints:
         # Only the first of several processes, once all have looked and before any looks again.
         multihost_utils.sync_global_devices("before setting checkpoints aside")
         if jax.process_index() == 0:
-            for damaged in later:
-                aside = self._directory / f"{_DAMAGED}{damaged}"
+            for unused in later:
+                aside = self._directory / f"{_SET_ASIDE}{unused}"
                 shutil.rmtree(aside, ignore_errors=True)
-                (self._directory / str(damaged)).rename(aside)
+                (self._directory / str(unused)).rename(aside)
         multihost_utils.sync_global_devices("after setting checkpoints aside")
         self._manager.reload()
 
-    def best_step(self) -> int:
-        """Returns the step that the latest readable progress names best.
+    def variables(self, which: str | int, like: TrainState) -> tuple[dict[str, Any], int]:
+        """Returns the variables of a saved network, and the step after which it had them.
+
+        Args:
+          which: "best"; "latest"; or the step of a checkpoint or of a best network. What can't be
+            read is passed over for what was saved before it, with a line that says so.
+          like: as for `restore`.
 
         Raises:
-          UsageError: there is no checkpoint, or no validation has been done yet.
+          UsageError: there is no such network, or none can be read.
         """
-        for step in reversed(self.steps):
-            with contextlib.suppress(OSError, ValueError), _quiet():
-                arguments = ocp.args.Composite(progress=ocp.args.JsonRestore())
-                best = self._manager.restore(step, args=arguments).progress["best_step"]
-                if best is not None:
-                    return best
-        raise UsageError(f"no best checkpoint in {self._directory} yet: no epoch was finished")
+        if which in ("best", "latest"):
+            found, messages = self.latest(like, "best" if which == "best" else "state")
+            for message in messages:
+                print(message, flush=True)
+            if found is None:
+                why = "no epoch was finished" if self.steps else "nothing was saved"
+                raise UsageError(f"no {which} checkpoint in {self._directory} yet: {why}")
+        elif not str(which).isdecimal():
+            raise UsageError(f"checkpoint is {which!r}, expected best, latest or a step")
+        elif int(which) in self.steps:
+            found = self.restore(int(which), like)
+        else:
+            all_found = {step: self.restore(step, like) for step in self.steps}
+            of_best = {found.progress["best_step"]: found for found in all_found.values()}
+            if int(which) not in of_best:
+                there = ", ".join(map(str, sorted({*all_found, *of_best} - {None}))) or "none"
+                raise UsageError(
+                    f"no checkpoint of step {which} in {self._directory}; there: {there}"
+                )
+            return of_best[int(which)].best, int(which)
+        if which == "best" or found.state is None:
+            return found.best, found.progress["best_step"]
+        return variables_of(found.state), found.step
+
+    def _raise_missing(self, step: str | int, there: Iterable[int]) -> NoReturn:
+        steps = ", ".join(map(str, sorted(there))) or "none"
+        raise UsageError(f"no checkpoint of step {step} in {self._directory}; there: {steps}")
 
     def wait(self) -> None:
         """Waits until what was saved is on disk."""
@@ -133,22 +205,10 @@ class Checkpoints:
         self._manager.close()
 
 
-class _KeepLatestAndBest:
-    """An orbax preservation policy: the latest checkpoints, and the one named best."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self._checkpoints = checkpoints
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        latest = {info.step for info in checkpoints[-_KEEP_LATEST:]}
-        keep = latest | {self._checkpoints._best_step}
-        return [info.step in keep for info in checkpoints]
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps off the terminal what orbax reports of its settings, and its background tasks of a
-    damaged file, many lines each."""
+    """Keeps reports of orbax off the terminal: of its settings, and, many lines each, of what its
+    background tasks find in a damaged file."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

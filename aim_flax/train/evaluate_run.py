@@ -13,28 +13,29 @@ from ml_collections import ConfigDict
 
 from aim_flax import files
 from aim_flax.config import override
+from aim_flax.data.dataset import EvalBatches
 from aim_flax.data.load import load_dataset
 from aim_flax.devices import Devices
 from aim_flax.errors import UsageError
 from aim_flax.evaluate import effects, report
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
-from aim_flax.evaluate.interventions import Choosable, intervene, layers, matching
+from aim_flax.evaluate.interventions import Choosable, intervene, layers
 from aim_flax.train.restore import Restored, restore_run
 
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A checkpoint of a run with the split that it is to be evaluated on; variables replicated."""
+    """A checkpoint of a run and the split to evaluate it on; `variables` are replicated."""
 
     restored: Restored
     split: str
     classes: tuple[str, ...]
     devices: Devices
-    batches: Any
+    batches: EvalBatches
     variables: dict[str, Any]
 
     def build(self, model: nn.Module | Choosable) -> Callable[[dict[str, Any]], Evaluation]:
-        """Returns what evaluates a network: the checkpoint's variables are added to those given."""
+        """Returns what evaluates a network on given variables beside the checkpoint's."""
         evaluate = build_evaluate(model, self.devices, self.batches, len(self.classes))
         return lambda variables: evaluate({**self.variables, **self.devices.replicate(variables)})
 
@@ -138,14 +139,14 @@ def evaluate_interventions(
 
     Prints a Markdown table and writes `interventions_<split>.json` and `.csv`, with `per_layer`
     also `.png`. Other arguments and errors are those of `evaluate_run`; `at` and `per_layer` are
-    those of `effects.measure`.
+    those of `effects.plan`.
     """
     workdir = Path(workdir)
     restored = restore_run(workdir, checkpoint)
-    images = _images(restored.config)
-    matching(restored.model, at, images)  # for its errors, before data are loaded
+    # Before data are loaded, for its errors.
+    plan = effects.plan(restored.model, _images(restored.config), at, per_layer)
     opened = _open(restored, split, device_count, overrides)
-    measured = effects.measure(restored.model, images, opened.build, at, per_layer)
+    measured = effects.measure(plan, opened.build)
     where = "" if at == ".*" else f", reads and updates that match {at!r}"
     context = {
         "split": split,
@@ -156,14 +157,16 @@ def evaluate_interventions(
         "skipped": measured.keep.skipped,
     }
     with _writing(workdir):
-        effects.write(workdir, split, measured, context, opened.title + where)
+        report.write_effects(
+            workdir / f"interventions_{split}", measured, context, opened.title + where
+        )
     print(f"{_heading(workdir, opened, measured.keep)}, with altered memory{where}:\n")
-    print(effects.table(measured))
+    print(report.effects_table(measured))
     return measured
 
 
 def _images(config: ConfigDict) -> jax.ShapeDtypeStruct:
-    """Returns the shape of images of which there are several, as interventions need them."""
+    """Returns the shape of several images, as interventions need them."""
     return jax.ShapeDtypeStruct((2, *config.data.image_shape), np.float32)
 
 

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from aim_flax.config import flatten
 from aim_flax.data.augment import check_options
-from aim_flax.data.in_memory import InMemory
-from aim_flax.data.load import open_dataset, prepare, with_classes
+from aim_flax.data.dataset import Dataset, EvalBatches
+from aim_flax.data.load import decode_if_small, open_dataset, with_classes
 from aim_flax.data.order import steps_per_epoch
 from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import UsageError, check_choice
@@ -40,7 +40,7 @@ class Experiment:
         self,
         config: ConfigDict,
         device_count: int | None = None,
-        dataset: InMemory | None = None,
+        dataset: Dataset | None = None,
     ):
         """Builds the parts; nothing is compiled, written or put on a device yet.
 
@@ -69,7 +69,7 @@ class Experiment:
         self.model = build_model(config, axis_name=AXIS)
         # Finds a memory that doesn't fit the network before images are read, or files written.
         self.abstract_state = abstract_state(config, self.model)
-        self.dataset = prepare(dataset, config)
+        self.dataset = decode_if_small(dataset, config)
         examples = self.dataset.sizes["train"]
         if batch_size > examples:
             raise UsageError(
@@ -115,18 +115,26 @@ class Experiment:
         create = partial(create_state, self.model, self.optimizer, image_shape=image_shape)
         return jax.jit(create, compiler_options=options)
 
-    def train_call(self, length: int) -> Callable:
+    def train_call(self, length: int, together: bool = False) -> Callable:
         """Returns `length` steps, all within one epoch, as a program of all devices.
 
         (state, data, seed) -> (state, {loss, accuracy: (length,)}), where `data` is what
         `train_batches.feed` has for the first step, and the rest is replicated. The state that goes
         in is given up.
-        """
-        return self.program(("train", length), lambda: self._train_call(length))
 
-    def _train_call(self, length: int) -> Callable:
-        sharded = (1,) if self.train_batches.sharded else ()
-        return self.devices.map(self.steps_on_device(length), donate=(0,), sharded=sharded)
+        Args:
+          together: for several seeds at once: state, seed and metrics have a leading axis of seeds,
+            and `data` comes from a feed of all of them.
+        """
+
+        def build() -> Callable:
+            steps = self.steps_on_device(length)
+            if together:
+                steps = jax.vmap(steps, in_axes=(0, self.train_batches.seed_axes, 0))
+            sharded = (1,) if self.train_batches.sharded else ()
+            return self.devices.map(steps, donate=(0,), sharded=sharded)
+
+        return self.program(("train", length, together), build)
 
     def steps_on_device(self, length: int) -> Callable:
         """Returns what one device computes of `train_call`."""
@@ -148,27 +156,42 @@ class Experiment:
 
         return on_device
 
-    def evaluate(self, split: str) -> Callable[[Any], Evaluation]:
-        """Returns replicated variables -> Evaluation of a split."""
-        return self.program(("evaluate", split), lambda: self._evaluate(split))
+    def evaluate(self, split: str, together: bool = False) -> Callable[[Any], list[Evaluation]]:
+        """Returns replicated variables -> [Evaluation of a split].
 
-    def _evaluate(self, split: str) -> Callable[[Any], Evaluation]:
-        batches = self.eval_batches(split)
-        return build_evaluate(self.model, self.devices, batches, len(self.dataset.classes))
+        With `together` variables have a leading axis of seeds, and there is one for each of them.
+        """
 
-    def eval_batches(self, split: str) -> Any:
+        def build() -> Callable:
+            batches, classes = self.eval_batches(split), len(self.dataset.classes)
+            evaluate = build_evaluate(self.model, self.devices, batches, classes, together)
+            return evaluate if together else lambda variables: [evaluate(variables)]
+
+        return self.program(("evaluate", split, together), build)
+
+    def eval_batches(self, split: str) -> EvalBatches:
         """Returns the batches of a split, in its order."""
         return self.dataset.eval_batches(
             self.devices, split, self.config.eval.batch_size, self.config.data.scale
         )
 
-    def memory_probe(self) -> Callable[[Any], dict[str, dict[str, float]]]:
-        """Returns replicated variables -> the use of memory on the first selection batch."""
+    def memory_probe(self, together: bool = False) -> Callable[[Any], dict[str, dict[str, Any]]]:
+        """Returns replicated variables -> the use of memory on the first selection batch.
+
+        Numbers are arrays, () or, with `together`, (seeds,).
+        """
         if self.config.memory is None:
             return lambda variables: {}
         images = self.probe_images()
-        use = self.program(("probe",), lambda: jax.jit(partial(memory_use, self.model)))
-        return lambda variables: jax.tree.map(float, use(self.devices.local(variables), images))
+
+        def build() -> Callable:
+            use = partial(memory_use, self.model)
+            return jax.jit(jax.vmap(use, in_axes=(0, None)) if together else use)
+
+        use = self.program(("probe", together), build)
+        return lambda variables: jax.tree.map(
+            np.asarray, use(self.devices.local(variables), images)
+        )
 
     def probe_images(self) -> np.ndarray:
         """Returns the first selection batch, (at most eval.batch_size, H, W, C) float32."""

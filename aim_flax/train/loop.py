@@ -1,7 +1,13 @@
-"""The training loop: from a config and a workdir to a trained network and its summary."""
+"""The training loop: from a config and a workdir to a trained network and its summary.
+
+A run is a group of one. Several seeds of a config are trained as one program (`together.py`) by the
+same loop: then states, metrics and orders of examples have a leading axis of seeds, which a lone
+run's have not.
+"""
 
 import contextlib
 import dataclasses
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -9,24 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from aim_flax.console import Part, Reporter
 from aim_flax.devices import any_process
 from aim_flax.errors import DataError, DivergenceError
-from aim_flax.evaluate.evaluation import Evaluation
 from aim_flax.files import read_json
 from aim_flax.train import report
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.optimizer import should_stop
-from aim_flax.train.progress import Progress, add_epoch, first_not_finite, plateau_scale
+from aim_flax.train.progress import Progress, add_epoch, plateau_scale
 from aim_flax.train.signals import interruption, signals
-from aim_flax.train.summary import one_line, summarize, write_results
-from aim_flax.train.workdir import claim, held
+from aim_flax.train.step import TrainState, variables_of
+from aim_flax.train.summary import one_line, run_summary, write_results
+from aim_flax.train.workdir import claim, held, mark_diverged
 
-EPOCH_SHOWN = ("train_loss", "train_accuracy", "val_accuracy")
+_EPOCH_SHOWN = ("train_loss", "train_accuracy", "val_accuracy")
 
 
 def run(
@@ -46,7 +53,7 @@ def run(
     Raises:
       UsageError: before anything is touched, on a config that can't be run, or a workdir that
         holds something else, or in which another process is at work (BusyError).
-      DivergenceError: the loss became NaN or infinite; the checkpoints before it are kept.
+      DivergenceError: the loss became NaN or infinite; the best network before it is saved.
       DataError: an image can't be read; the state is saved.
       InterruptionError: SIGTERM or Ctrl-C; the state is saved.
     """
@@ -64,100 +71,128 @@ def train(
     claim(workdir, experiment.config)
     summary = workdir / "summary.json"
     if not summary.is_file():
-        with held(workdir):
+        with held(workdir), Reporter(experiment.total_steps, 0, quiet) as reporter:
             # Another process may have finished it before it let go.
             if not summary.is_file():
-                return _Run(experiment, workdir, quiet, part).train()
+                part = part or Part(reporter, "", 0, 1, [])
+                return Loop([experiment], [workdir], workdir / "checkpoints", part).train()[0]
     if not quiet:
         print(f"{workdir} holds this run, finished")
     return read_json(summary)
 
 
-class _Run:
-    """One try at a run: from its latest checkpoint, or from the start, to its end."""
+class Loop:
+    """One try at a run, or at several that differ in their seed alone: from the latest checkpoint,
+    or from the start, to the end.
 
-    def __init__(self, experiment: Experiment, workdir: Path, quiet: bool, part: Part | None):
-        self.experiment, self.config, self.workdir = experiment, experiment.config, workdir
-        self.devices, self.quiet, self.part = experiment.devices, quiet, part
-        self.checkpoints = Checkpoints(workdir / "checkpoints")
-        state, self.progress = self._start()
-        for split, indices in self.progress.skipped.items():
-            experiment.dataset.skipped[split].update(indices)
-        self.step = int(state.step)
-        self.state = self.devices.replicate(state)
-        self.started = time.monotonic() - self.progress.seconds
-        self.saved_at = time.monotonic()
+    Attributes:
+      runs: their experiments.
+      together: whether there are several, so that arrays have a leading axis of seeds.
+      progress: of each run.
+      states: the training state on the devices.
+      best: the variables of each run's best epoch so far, on the devices.
+      step: how many steps have been taken.
+    """
 
-    def _start(self) -> tuple[Any, Progress]:
-        restored = self.checkpoints.restore_latest(self.experiment.abstract_state)
-        if restored is None:
-            return self.experiment.initial_state(), Progress()
-        state, progress, messages = restored
-        self.checkpoints.set_aside_after(int(state.step))
+    def __init__(
+        self,
+        runs: Sequence[Experiment],
+        workdirs: Sequence[Path],
+        checkpoints: Path,
+        part: Part,
+    ):
+        self.runs, self.workdirs, self.part = runs, workdirs, part
+        self.experiment, self.config, self.devices = runs[0], runs[0].config, runs[0].devices
+        self.together = len(runs) > 1
+        self.checkpoints = Checkpoints(checkpoints)
+        states, best = self._start()
+        for split, indices in self.progress[0].skipped.items():
+            self.experiment.dataset.skipped[split].update(indices)
+        self.step = int(np.ravel(states.step)[0])
+        self.states, self.best = self.devices.replicate(states), self.devices.replicate(best)
+        self.began = self.saved_at = time.monotonic()
+        self.seconds_before = [progress.seconds for progress in self.progress]
+
+    def _start(self) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the training state and the best variables, and sets the runs' progress."""
+        like = self.experiment.abstract_state
+        if self.together:
+            like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((len(self.runs), *x.shape), x.dtype), like
+            )
+        found, messages = self.checkpoints.latest(like)
+        step = found.step if found else 0
         for message in messages:
-            print(f"{message}; going back to step {state.step}", flush=True)
-        if not self.quiet:
-            total = self.experiment.total_steps
-            print(f"resuming {self.workdir} at step {state.step} of {total}", flush=True)
-        return state, Progress(**progress)
+            print(f"{message}; going back to step {step}", flush=True)
+        self.checkpoints.set_aside_after(step)
+        if found is None:
+            self.progress = [Progress() for _ in self.runs]
+            initial = [run.initial_state() for run in self.runs]
+            states = initial[0]
+            if self.together:
+                states = jax.tree.map(lambda *leaves: np.stack(leaves), *initial)
+            return states, variables_of(states)
+        of_runs = found.progress["runs"] if self.together else [found.progress]
+        self.progress = [Progress(**of_run) for of_run in of_runs]
+        what = f"{len(self.runs)} seeds of {self.config.arm}" if self.together else self.workdirs[0]
+        self.part.say(f"resuming {what} at step {step} of {self.experiment.total_steps}")
+        return found.state, found.best or variables_of(found.state)
 
-    def train(self) -> dict[str, Any]:
-        experiment, config, progress = self.experiment, self.config, self.progress
-        feed = experiment.train_batches.feed(config.seed, self.step, experiment.total_steps)
-        seed = self.devices.replicate(np.uint32(config.seed))
-        select = experiment.evaluate(config.eval.select_on)
-        probe = experiment.memory_probe()
-        calls: dict[int, Callable] = {}
-        events = report.Events(self.workdir, self.step)
-        if self.part:
+    @property
+    def alive(self) -> list[int]:
+        """The positions of the runs that have not diverged."""
+        return [i for i, progress in enumerate(self.progress) if progress.diverged_at is None]
+
+    def train(self) -> list[dict[str, Any]]:
+        """Trains to the end, leaves each run's results in its workdir, and returns the summaries.
+
+        Raises:
+          DivergenceError, DataError, InterruptionError: as `run` does. One of several runs that
+            diverges is marked (`mark_diverged`), and the others go on.
+        """
+        experiment, config = self.experiment, self.config
+        seeds = np.array([run.config.seed for run in self.runs], np.uint32)
+        seed = seeds if self.together else config.seed
+        compiled: set[int] = set()
+        with contextlib.ExitStack() as stack:
+            received = stack.enter_context(signals(self.part.received))
+            # None where only results are missing: what a run has finished is left alone.
+            workdirs = [] if self._done() else self.workdirs
+            events = [stack.enter_context(report.Events(w, self.step)) for w in workdirs]
             self.part.begin(self.step)
-            reporting = contextlib.nullcontext(self.part)
-        else:
-            reporting = Reporter(experiment.total_steps, self.step, self.quiet)
-        with (
-            signals(self.part and self.part.received) as received,
-            events,
-            reporting as reporter,
-            contextlib.closing(feed),
-        ):
+            feed = experiment.train_batches.feed(seed, self.step, experiment.total_steps)
+            stack.enter_context(contextlib.closing(feed))
+            seed = self.devices.replicate(np.asarray(seed, np.uint32))
+            select = experiment.evaluate(config.eval.select_on, self.together)
+            probe = experiment.memory_probe(self.together)
             while not self._done():
                 left_in_epoch = experiment.epoch_steps - self.step % experiment.epoch_steps
                 length = min(experiment.steps_per_call, left_in_epoch)
-                compiled = length in calls
-                if not compiled:
-                    calls[length] = experiment.train_call(length)
+                call = experiment.train_call(length, self.together)
                 before = time.monotonic()
                 data = self._data(feed)
                 waited = time.monotonic() - before
-                self.state, metrics = calls[length](self.state, data, seed)
+                self.states, metrics = call(self.states, data, seed)
                 metrics = self.devices.fetch(metrics)
-                if compiled:
-                    progress.waited_seconds += waited
-                    progress.timed_seconds += time.monotonic() - before
-                    progress.timed_examples += length * config.train.batch_size
-                self._check_finite(metrics["loss"], self.step + 1)
+                if length in compiled:
+                    self._note_time(length, time.monotonic() - before, waited)
+                compiled.add(length)
+                shown = self._note_metrics(metrics)
                 self.step += length
-                for name, values in metrics.items():
-                    for value in values:
-                        progress.epoch_sums[name] += float(value)
-                shown = {name: float(values[-1]) for name, values in metrics.items()}
                 minutes = (time.monotonic() - self.saved_at) / 60
                 stop, save = any_process(bool(received), minutes >= config.train.checkpoint_minutes)
-                if length == left_in_epoch:
-                    shown = self._finish_epoch(select, probe)
-                    self._save()
+                if length == left_in_epoch and self.alive:
+                    shown = self._finish_epoch(select, probe) or shown
                     self._write_epoch(events)
-                elif stop or save:
+                done = self._done()
+                if done or stop or save:
                     self._save()
-                reporter.advance(self.step, shown)
-                if stop and not self._done():
+                self.part.advance(self.step, shown)
+                if stop and not done:
                     self.checkpoints.close()
                     # Another process may have been the one to get it.
                     raise interruption(received[0] if received else signal.SIGTERM, self.step)
-            summary = self._finish()
-            if not self.quiet:
-                reporter.say(one_line(summary))
-        return summary
+            return self._finish()
 
     def _data(self, feed: Any) -> Any:
         try:
@@ -174,62 +209,155 @@ class _Run:
 
     def _done(self) -> bool:
         patience = self.config.train.stop_patience
-        if patience is not None and self.progress.history:
-            accuracies = self.progress.accuracies
+        if patience is not None and self.progress[0].history:
+            accuracies = self.progress[0].accuracies
             if should_stop(accuracies, patience, self.config.train.stop_min_delta):
                 return True
-        return self.step >= self.experiment.total_steps
+        return self.step >= self.experiment.total_steps or not self.alive
 
-    def _check_finite(self, losses: Sequence[float], first_step: int) -> None:
-        """Raises DivergenceError if the loss of one of these consecutive steps is not finite."""
-        step = first_not_finite(losses, first_step)
-        if step is not None:
+    def _note_time(self, length: int, seconds: float, waited: float) -> None:
+        """Adds the time of a call that didn't compile, of which each run has an equal share."""
+        for progress in self.progress:
+            progress.timed_seconds += seconds / len(self.runs)
+            progress.waited_seconds += waited / len(self.runs)
+            progress.timed_examples += length * self.config.train.batch_size
+
+    def _note_metrics(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:
+        """Adds the metrics of consecutive steps; returns the last, means over the runs alive."""
+        metrics = {name: np.atleast_2d(values) for name, values in metrics.items()}
+        for i in self.alive:
+            of_run = {name: values[i] for name, values in metrics.items()}
+            self.progress[i].add_steps(of_run["loss"], of_run["accuracy"], self.step + 1)
+            self._check_alone(of_run["loss"], self.step + 1)
+        alive = self.alive or [0]
+        return {name: float(values[alive, -1].mean()) for name, values in metrics.items()}
+
+    def _check_alone(self, losses: Sequence[float], first_step: int) -> None:
+        """Raises DivergenceError if this is a lone run that has diverged, and saves its best."""
+        step = self.progress[0].diverged_at
+        if self.together or step is None:
+            return
+        best_step = self.progress[0].best_step
+        self.checkpoints.wait()
+        if best_step is not None and best_step not in self.checkpoints.steps:
+            best = self.devices.fetch(self.best)
+            self.checkpoints.save(best_step, self._as_json(), best=best)
             self.checkpoints.wait()
-            steps = self.checkpoints.steps
-            self.checkpoints.close()
-            kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "none saved"
-            epoch = (step - 1) // self.experiment.epoch_steps + 1
-            loss = losses[step - first_step]
-            raise DivergenceError(f"loss {loss} at step {step} (epoch {epoch}); {kept}", step)
+        steps = self.checkpoints.steps
+        self.checkpoints.close()
+        kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "none saved"
+        epoch = (step - 1) // self.experiment.epoch_steps + 1
+        loss = losses[step - first_step]
+        raise DivergenceError(f"loss {loss} at step {step} (epoch {epoch}); {kept}", step)
 
-    def _finish_epoch(
-        self, select: Callable[[Any], Evaluation], probe: Callable
-    ) -> dict[str, float]:
-        """Evaluates, adds a row to the history, and lets a plateau cut the learning rate."""
-        variables = {"params": self.state.params, **self.state.model_state}
-        selection = select(variables)
-        self._check_finite([selection.loss], self.step)
-        scale = float(self.devices.fetch(self.state.learning_rate_scale))
-        add_epoch(self.experiment, self.progress, self.step, scale, selection, probe(variables))
+    def _finish_epoch(self, select: Callable, probe: Callable) -> dict[str, float]:
+        """Evaluates, adds a row to each history, keeps the best networks, and lets plateaus cut.
+
+        Returns means over the runs that have not diverged.
+        """
+        variables = variables_of(self.states)
+        selections, uses = select(variables), probe(variables)
+        scales = np.atleast_1d(self.devices.fetch(self.states.learning_rate_scale))
+        improved = np.zeros(len(self.runs), bool)
+        for i in self.alive:
+            self.progress[i].check_finite([selections[i].loss], self.step)
+            self._check_alone([selections[i].loss], self.step)
+        for i in self.alive:
+            run, progress = self.runs[i], self.progress[i]
+            use = jax.tree.map(lambda norms, i=i: float(np.atleast_1d(norms)[i]), uses)
+            add_epoch(run, progress, self.step, float(scales[i]), selections[i], use)
+            improved[i] = progress.best_step == self.step
+            if self.config.schedule.plateau_patience is not None:
+                scales[i] = plateau_scale(self.config, progress)
         if self.config.schedule.plateau_patience is not None:
-            scale = plateau_scale(self.config, self.progress)
-            self.state = self.state.replace(learning_rate_scale=self.devices.replicate(scale))
-        row = self.progress.history[-1]
-        return {name: row[name] for name in EPOCH_SHOWN}
+            scales = self.devices.replicate(scales if self.together else scales[0])
+            self.states = self.states.replace(learning_rate_scale=scales)
+        if improved.any():
+            keep = self.experiment.program(("keep",), lambda: self.devices.map(_keep, donate=(0,)))
+            improved = self.devices.replicate(improved if self.together else improved[0])
+            self.best = keep(self.best, variables_of(self.states), improved)
+        rows = [self.progress[i].history[-1] for i in self.alive]
+        return {name: float(np.mean([row[name] for row in rows])) for name in _EPOCH_SHOWN if rows}
+
+    def _as_json(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds beside the states."""
+        seconds = (time.monotonic() - self.began) / len(self.runs)
+        for progress, before in zip(self.progress, self.seconds_before, strict=True):
+            progress.seconds = before + seconds
+        skipped = self.experiment.dataset.skipped
+        self.progress[0].skipped = {split: sorted(indices) for split, indices in skipped.items()}
+        of_runs = [dataclasses.asdict(progress) for progress in self.progress]
+        return {"runs": of_runs, "best_step": None} if self.together else of_runs[0]
 
     def _save(self) -> None:
-        self.progress.seconds = time.monotonic() - self.started
-        self.progress.skipped = {
-            split: sorted(indices) for split, indices in self.experiment.dataset.skipped.items()
-        }
-        state = self.devices.fetch(self.state)
-        self.checkpoints.save(self.step, state, dataclasses.asdict(self.progress))
+        best_steps = {progress.best_step for progress in self.progress}
+        # A network that is the state's own isn't written twice.
+        best = None if best_steps <= {None, self.step} else self.devices.fetch(self.best)
+        state = self.devices.fetch(self.states)
+        self.checkpoints.save(self.step, self._as_json(), state, best)
         self.saved_at = time.monotonic()
 
-    def _write_epoch(self, events: report.Events) -> None:
-        events.write(self.progress.history[-1], self.progress.wait_share)
-        if jax.process_index() == 0:
-            report.write_metrics(self.workdir, self.progress.history)
+    def _write_epoch(self, events: Sequence[report.Events]) -> None:
+        for i in self.alive:
+            progress = self.progress[i]
+            events[i].write(progress.history[-1], progress.wait_share)
+            if jax.process_index() == 0:
+                report.write_metrics(self.workdirs[i], progress.history)
 
-    def _finish(self) -> dict[str, Any]:
-        """Tests the best checkpoint, writes what the run leaves, and returns its summary."""
-        self.progress.seconds = time.monotonic() - self.started
+    def _finish(self) -> list[dict[str, Any]]:
+        """Tests the best networks and writes what each run leaves; returns the summaries."""
+        self._as_json()  # for the time it took
+        tests = self.experiment.evaluate("test", self.together)(self.best) if self.alive else None
+        best, last = self.devices.fetch(self.best), self.devices.fetch(self.states)
         self.checkpoints.wait()
-        best, _ = self.checkpoints.restore(self.progress.best_step, self.experiment.abstract_state)
         self.checkpoints.close()
-        variables = self.devices.replicate({"params": best.params, **best.model_state})
-        test = self.experiment.evaluate("test")(variables)
-        summary = summarize(self.experiment, self.progress, best, test)
-        if jax.process_index() == 0:
-            write_results(self.workdir, self.config, self.progress.history, summary)
-        return summary
+        summaries = []
+        for i, (run, workdir) in enumerate(zip(self.runs, self.workdirs, strict=True)):
+            progress = self.progress[i]
+            own_best, own_last = best, last
+            if self.together:
+                if (workdir / "summary.json").is_file():
+                    continue
+                own_best, own_last = (
+                    jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (best, last)
+                )
+                _write_checkpoint(workdir, progress, own_last, own_best)
+            if progress.diverged_at is not None:
+                mark_diverged(workdir, progress.diverged_at)
+                name = f"{run.config.name}:{run.config.arm} seed {run.config.seed}"
+                self.part.say(f"{name}: diverged at step {progress.diverged_at}")
+                continue
+            summaries.append(run_summary(run, progress, own_best, tests[i]))
+            if jax.process_index() == 0:
+                write_results(workdir, run.config, progress.history, summaries[-1])
+            self.part.say(one_line(summaries[-1]))
+        return summaries
+
+
+def _keep(best: Any, variables: Any, improved: jax.Array) -> Any:
+    """Returns the variables of the runs that improved, and those that were best of the others."""
+
+    def choose(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(
+            improved.reshape(improved.shape + (1,) * (new.ndim - improved.ndim)), new, old
+        )
+
+    return jax.tree.map(choose, best, variables)
+
+
+def _write_checkpoint(workdir: Path, progress: Progress, last: TrainState, best: Any) -> None:
+    """Writes the checkpoint of one of several runs, in place of any there.
+
+    Of one that diverged, that is its best network alone.
+    """
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    if progress.best_step is None:
+        return
+    as_json = dataclasses.asdict(progress)
+    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+        if progress.diverged_at is not None:
+            checkpoints.save(progress.best_step, as_json, best=best)
+        else:
+            step = int(last.step)
+            checkpoints.save(step, as_json, last, None if progress.best_step == step else best)
+        checkpoints.wait()

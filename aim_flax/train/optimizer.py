@@ -103,10 +103,10 @@ def best_epoch(accuracies: Sequence[float], min_delta: float = 0.0) -> int:
 
 
 def select_epoch(accuracies: Sequence[float], losses: Sequence[float]) -> int:
-    """Returns the epoch, from 1, of the highest accuracy; of equals the one of the lowest loss.
+    """Returns the epoch, from 1, of the highest accuracy; among equal ones, of the lowest loss.
 
-    On few validation examples many epochs share an accuracy, and the first of them is often one
-    that has hardly been trained.
+    On few validation examples many epochs share an accuracy, and the first of them often comes
+    before much training.
     """
     ranks = [(accuracy, -loss) for accuracy, loss in zip(accuracies, losses, strict=True)]
     return ranks.index(max(ranks)) + 1

@@ -25,6 +25,7 @@ class Progress:
       timed_examples, timed_seconds: of calls that did not compile.
       waited_seconds: of `timed_seconds`, those spent waiting for data.
       skipped: for each split, the indices of records that can't be read and were left out.
+      diverged_at: the step of the first loss that was not finite, or None.
     """
 
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -37,6 +38,20 @@ class Progress:
     timed_seconds: float = 0.0
     waited_seconds: float = 0.0
     skipped: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    diverged_at: int | None = None
+
+    def add_steps(self, losses: Sequence[float], accuracies: Sequence[float], step: int) -> None:
+        """Adds the metrics of consecutive steps, the first of which is `step`."""
+        for loss, accuracy in zip(losses, accuracies, strict=True):
+            self.epoch_sums["loss"] += float(loss)
+            self.epoch_sums["accuracy"] += float(accuracy)
+        self.check_finite(losses, step)
+
+    def check_finite(self, losses: Sequence[float], step: int) -> None:
+        """Notes the first of the losses of consecutive steps that is NaN or infinite."""
+        bad = (i for i, loss in enumerate(losses, start=step) if not math.isfinite(loss))
+        if self.diverged_at is None:
+            self.diverged_at = next(bad, None)
 
     @property
     def accuracies(self) -> list[float]:
@@ -46,12 +61,6 @@ class Progress:
     def wait_share(self) -> float | None:
         """The share of training time that went into waiting for data."""
         return self.waited_seconds / self.timed_seconds if self.timed_seconds else None
-
-
-def first_not_finite(losses: Sequence[float], first_step: int) -> int | None:
-    """Returns the first of these consecutive steps with a loss that is NaN or infinite, or None."""
-    steps = enumerate(losses, start=first_step)
-    return next((step for step, loss in steps if not math.isfinite(loss)), None)
 
 
 def add_epoch(

@@ -64,7 +64,7 @@ class Events:
             tag = f"{split}/{metric}" if split in ("train", "val") else column
             self._writer.add_scalar(tag, row[column], row["step"])
         for layer, norms in row["memory_use"].items():
-            # Of nothing there is no share, and of a NaN tensorboardX would warn at every epoch.
+            # Without an output there is no share, and tensorboardX would warn of each NaN.
             if norms["own"]:
                 ratio = norms["share"] / norms["own"]
                 self._writer.add_scalar(f"memory_use/{layer}", ratio, row["step"])
@@ -105,11 +105,11 @@ def _cuts(rates: Sequence[float]) -> list[int]:
 def plot_memory_use(path: Path, history: History, title: str, step: int | None = None) -> None:
     """Plots the memory's share of each layer that reads it, and the change by each update.
 
-    A bar per layer for one epoch, in the order of the history, and beside it a line in the same
-    colour over all epochs. A layer whose own output is 0 has neither.
+    A bar per layer for one epoch, in the order of the history, and a line in the same colour over
+    all epochs. A layer whose own output is 0 has neither.
 
     Args:
-      step: at whose end the bars stand, that of the best checkpoint; None: the last epoch's.
+      step: the last one of the bars' epoch, for example the best checkpoint's; None: the last.
     """
     row = history[-1] if step is None else next(r for r in history if r["step"] == step)
     labels = {

@@ -1,5 +1,6 @@
 """From a run's workdir alone to its network and its weights."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from aim_flax.errors import UsageError
 from aim_flax.files import read_json
 from aim_flax.models.build import build_model
 from aim_flax.train.checkpoint import Checkpoints
@@ -37,7 +37,7 @@ def restore_run(workdir: str | Path, checkpoint: str | int = "best") -> Restored
     Args:
       workdir: of the run.
       checkpoint: "best" (by the accuracy on the split that selects), "latest" (the latest that
-        can be read), or a step.
+        can be read), or the step of one that was kept.
 
     Raises:
       UsageError: `workdir` is no run's, or has no such checkpoint.
@@ -45,22 +45,7 @@ def restore_run(workdir: str | Path, checkpoint: str | int = "best") -> Restored
     workdir = Path(workdir)
     config = ConfigDict(read_json(workdir / "config.json")).lock()
     model = build_model(config)
-    like = abstract_state(config, model)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    try:
-        if checkpoint == "latest":
-            found = checkpoints.restore_latest(like)
-            if found is None:
-                raise UsageError(f"there are no checkpoints in {workdir} yet")
-            state, _, messages = found
-            for message in messages:
-                print(f"{message}; going back to step {state.step}", flush=True)
-        else:
-            if checkpoint != "best" and not str(checkpoint).isdecimal():
-                raise UsageError(f"checkpoint is {checkpoint!r}, expected best, latest or a step")
-            step = checkpoints.best_step() if checkpoint == "best" else int(checkpoint)
-            state, _ = checkpoints.restore(step, like)
-    finally:
-        checkpoints.close()
-    variables = {"params": state.params, **state.model_state}
-    return Restored(config, model, variables, int(state.step))
+    with contextlib.closing(checkpoints):
+        variables, step = checkpoints.variables(checkpoint, abstract_state(config, model))
+    return Restored(config, model, variables, step)

@@ -13,7 +13,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from aim_flax.keys import _DROPOUT, _INIT, _MEMORY
+from aim_flax.keys import dropout_key, init_key, memory_key
 
 
 class TrainState(struct.PyTreeNode):
@@ -34,6 +34,11 @@ class TrainState(struct.PyTreeNode):
     learning_rate_scale: jax.Array
 
 
+def variables_of(state: TrainState) -> dict[str, Any]:
+    """Returns the network's variables, as `model.apply` takes them."""
+    return {"params": state.params, **state.model_state}
+
+
 def create_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -41,8 +46,7 @@ def create_state(
     image_shape: tuple[int, ...],
 ) -> TrainState:
     """Returns the state at step 0 for images (B, *image_shape)."""
-    key = jax.random.fold_in(jax.random.key(seed), _INIT)
-    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    variables = model.init(init_key(seed), jnp.zeros((1, *image_shape)), train=False)
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -74,11 +78,10 @@ def train_step(
     Returns:
       The next state, and `loss` and `accuracy` of the whole batch, () float32, in training mode.
     """
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), state.step)
-    if axis_name is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-    # One memory for the whole batch, so one key for all devices.
-    memory_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _MEMORY), state.step)
+    rngs = {
+        "dropout": dropout_key(seed, state.step, axis_name),
+        "memory": memory_key(seed, state.step),
+    }
 
     def loss_fn(params):
         logits, model_state = model.apply(
@@ -86,7 +89,7 @@ def train_step(
             images,
             train=True,
             mutable=list(state.model_state),
-            rngs={"dropout": key, "memory": memory_key},
+            rngs=rngs,
         )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, (logits, model_state)

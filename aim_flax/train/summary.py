@@ -16,13 +16,13 @@ from aim_flax.train.progress import Progress
 from aim_flax.train.workdir import versions
 
 
-def summarize(
-    experiment: Experiment, progress: Progress, best: Any, test: Evaluation
+def run_summary(
+    experiment: Experiment, progress: Progress, best: dict[str, Any], test: Evaluation
 ) -> dict[str, Any]:
     """Returns the summary of a run that has come to its end.
 
     Args:
-      best: the training state of its best epoch.
+      best: the variables of its best epoch.
       test: what that made of the test split.
     """
     config = experiment.config
@@ -48,8 +48,8 @@ def summarize(
         "best_step": progress.best_step,
         "steps": progress.history[-1]["step"],
         "epochs": len(progress.history),
-        "params": _size(best.params),
-        "batch_stats": _size(best.model_state.get("batch_stats", {})),
+        "params": _size(best["params"]),
+        "batch_stats": _size(best.get("batch_stats", {})),
         "memory_floats": 0 if config.memory is None else math.prod(config.memory.shape),
         "train_seconds": round(progress.seconds, 3),
         "examples_per_second": round(progress.timed_examples / timed, 1) if timed else None,

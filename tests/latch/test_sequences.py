@@ -10,9 +10,8 @@ import pytest
 from flax import linen as nn
 
 from aim_flax import AiM, Memory, MemoryUpdate
-from tests.foreign import KEY, assert_close, assert_equal, draw, random_variables, refused
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+from tests.arrays import KEY, draw, random_variables
+from tests.asserts import assert_close, assert_equal, refused
 
 WORDS, B, T, D = 8, 3, 6, 5
 

@@ -13,9 +13,8 @@ from aim_flax.evaluate import effects
 from aim_flax.evaluate.evaluation import Evaluation
 from aim_flax.evaluate.interventions import layers, matching, reads_per_example
 from aim_flax.evaluate.memory_use import memory_use
-from tests.foreign import KEY, assert_close, assert_equal, draw, random_variables, refused
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+from tests.arrays import KEY, draw, random_variables
+from tests.asserts import assert_close, assert_equal, refused
 
 X = draw(6, 5)
 
@@ -457,5 +456,5 @@ def test_inspection_takes_all_that_a_network_is_called_with():
 
         return evaluate
 
-    measured = effects.measure(aim, (image, text), build, kwargs=kwargs)
+    measured = effects.measure(effects.plan(aim, (image, text), kwargs=kwargs), build)
     assert [row.kind for row in measured.rows][:2] == ["keep", "zero"]

@@ -9,9 +9,8 @@ import pytest
 from flax import linen as nn
 
 from aim_flax import AiM, Memory, MemoryUpdate, batch_axis
-from tests.foreign import KEY, assert_close, assert_equal, draw, random_variables, refused
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+from tests.arrays import KEY, draw, random_variables
+from tests.asserts import assert_close, assert_equal, refused
 
 B, T = 4, 4  # the same, so that sizes tell nothing
 

@@ -10,9 +10,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from aim_flax import AiM, Memory, MemoryUpdate, fit
-from tests.foreign import KEY, assert_close, assert_equal, draw, random_variables, refused
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+from tests.arrays import KEY, draw, random_variables
+from tests.asserts import assert_close, assert_equal, refused
 
 
 def content(variables):

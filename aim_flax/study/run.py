@@ -1,0 +1,269 @@
+"""Running a study: flags -> `Study` -> a list of work -> a workdir per run -> rows -> the report.
+
+A study's directory holds DIR/<arm>/<seed>/ as `loop.run` leaves them, `study.json` (what it
+consists of), and the report: report.md, results.csv, curves.png and differences.png. While seeds
+are trained together, their common checkpoints lie in DIR/.groups/<arm>/<first seed>/.
+"""
+
+import dataclasses
+import json
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from aim_flax import config as configs
+from aim_flax.console import Part, Reporter
+from aim_flax.data.in_memory import InMemory
+from aim_flax.errors import BusyError, DivergenceError, InterruptionError, UsageError
+from aim_flax.study import report as study_report
+from aim_flax.study.plan import NOT_RECORDED, Study, format_ranges
+from aim_flax.study.record import STUDY, add, merge, read_study
+from aim_flax.study.results import read_run, without_result
+from aim_flax.study.table import arm_table
+from aim_flax.train import loop, signals
+from aim_flax.train.experiment import Experiment
+from aim_flax.train.together import check_together, train_together, unfinished_group
+from aim_flax.train.workdir import check_claim, mark_diverged
+
+_GROUPS = ".groups"
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Runs of an arm that are trained together: one, or several as one program.
+
+    Attributes:
+      experiment: the arm's; its own seed plays no part.
+      seeds: those of the runs.
+    """
+
+    experiment: Experiment
+    seeds: list[int]
+
+    @property
+    def steps(self) -> int:
+        return len(self.seeds) * self.experiment.total_steps
+
+    @property
+    def label(self) -> str:
+        word = "seed" if len(self.seeds) == 1 else "seeds"
+        return f"{self.experiment.config.arm} {word} {format_ranges(self.seeds)}"
+
+
+def run(
+    planned: Study,
+    workdir: str | Path | None = None,
+    seeds_per_program: int | None = None,
+    device_count: int | None = None,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Trains every arm with every seed that is not trained yet, and writes the study's report.
+
+    A study that was stopped continues where it stopped, and arms and seeds can be added to it. A
+    run whose loss becomes NaN or infinite is marked in its workdir, and the others continue.
+    Several processes can share a study: each leaves out the runs that another one is training.
+
+    Args:
+      planned: what to train, see `plan.plan`.
+      workdir: the study's directory; None: runs/ablation-<the config's name>.
+      seeds_per_program: how many seeds of an arm to train as one program; None: all, where
+        `fits_together` says so, and otherwise each alone.
+      device_count: how many devices to use; None for all.
+      quiet: print no progress and no results.
+
+    Returns:
+      A row of `results.COLUMNS` for each run of the study.
+
+    Raises:
+      UsageError: before anything is written: the study can't be run, or the workdir holds
+        something else.
+      DataError: an image can't be read; the state is saved.
+      InterruptionError: SIGTERM or Ctrl-C; the state is saved.
+    """
+    if seeds_per_program is not None and seeds_per_program < 1:
+        raise UsageError(f"seeds per program: {seeds_per_program}, expected at least 1, or auto")
+    workdir = Path(workdir if workdir is not None else f"runs/ablation-{planned.name}")
+    merge(workdir, planned)  # raises before anything is written
+    experiments = _experiments(workdir, planned, device_count, seeds_per_program)
+    add(workdir, planned)
+    work = []
+    for name, arm in planned.arms.items():
+        # From here on only the work holds the experiment, so its programs are freed with it.
+        work += _work(workdir, experiments.pop(name), arm.seeds, seeds_per_program)
+    _train(workdir, work, quiet)
+    return write_report(workdir, quiet=quiet)
+
+
+def write_report(
+    workdir: str | Path,
+    reference: str | None = None,
+    quiet: bool = False,
+    command: str = NOT_RECORDED,
+) -> list[dict[str, Any]]:
+    """Writes and prints the report of a study, finished or not, and returns its runs' rows.
+
+    Args:
+      workdir: the study's directory.
+      reference: the arm that others are compared with from now on; None: as before.
+      quiet: print nothing.
+      command: the command line that asks for another reference.
+
+    Raises:
+      UsageError: the workdir holds no study, or the study has no such arm.
+    """
+    workdir = Path(workdir)
+    study = read_study(workdir)
+    if study is None:
+        raise UsageError(f"{workdir / STUDY} not found: {workdir} holds no study")
+    if reference is not None:
+        study = add(workdir, Study(study.name, study.config, reference, {}, [command]))
+    rows, histories = [], {}
+    for name, arm in study.arms.items():
+        for seed in arm.seeds:
+            folder = _folder(workdir, name, seed)
+            if (folder / "config.json").is_file():
+                rows.append(read_run(folder))
+            else:
+                rows.append(without_result(ConfigDict(arm.config.to_dict() | {"seed": seed})))
+            if history := study_report.read_history(folder):
+                histories[name, seed] = history
+    compared = study.reference is not None and len(study.arms) > 1
+    if compared:
+        title, commands = f"Ablation of {study.name}", "\n".join(study.commands)
+        study_report.write(workdir, rows, histories, study.reference, title, commands)
+    if not quiet:
+        print(arm_table(rows, study.reference if compared else None))
+        if compared:
+            print(f"\n{workdir / 'report.md'}")
+        elif len(study.arms) > 1:
+            print("\nno report: no arm is named control; --reference ARM says what to compare with")
+    return rows
+
+
+def _experiments(
+    workdir: Path, study: Study, device_count: int | None, seeds_per_program: int | None
+) -> dict[str, Experiment]:
+    """Returns the arms' experiments; those with the same images share them in memory.
+
+    Raises:
+      UsageError: an arm can't be run, or the workdir of a run holds something else.
+    """
+    shared: dict[str, InMemory] = {}
+    experiments = {}
+    for name, arm in study.arms.items():
+        config = configs.override(arm.config, [f"seed={arm.seeds[-1]}"])
+        images = json.dumps([config.data.to_json(), config.eval.to_json()])
+        try:
+            experiment = Experiment(config, device_count, shared.get(images))
+        except UsageError as error:
+            raise UsageError(f"arm {name}: {error}") from None
+        if seeds_per_program not in (None, 1):
+            try:
+                check_together(experiment)
+            except UsageError as error:
+                raise UsageError(f"arm {name}: {error}; leave --seeds-per-program out") from None
+        for seed in arm.seeds:
+            check_claim(_folder(workdir, name, seed), experiment.with_seed(seed).config)
+        if isinstance(experiment.dataset, InMemory):
+            shared[images] = experiment.dataset
+        experiments[name] = experiment
+    return experiments
+
+
+def _work(
+    workdir: Path, experiment: Experiment, seeds: Sequence[int], seeds_per_program: int | None
+) -> list[Work]:
+    """Returns the work on those of an arm's runs that have no result, begun ones first."""
+    arm = experiment.config.arm
+    left = [seed for seed in seeds if not _is_done(_folder(workdir, arm, seed))]
+    together = []
+    for folder in sorted((workdir / _GROUPS / arm).glob("*"), key=lambda folder: int(folder.name)):
+        group = unfinished_group(folder)
+        if not set(group).isdisjoint(left):
+            together.append(group)
+            left = [seed for seed in left if seed not in group]
+    begun = [seed for seed in left if any(_folder(workdir, arm, seed).glob("checkpoints/*/"))]
+    together += [[seed] for seed in begun]
+    left = [seed for seed in left if seed not in begun]
+    if left:
+        size = seeds_per_program or (len(left) if fits_together(experiment) else 1)
+        together += [left[i : i + size] for i in range(0, len(left), size)]
+    return [Work(experiment, seeds) for seeds in together]
+
+
+def fits_together(experiment: Experiment) -> bool:
+    """Returns whether training several seeds of an experiment as one program saves time.
+
+    Convolutions on CPU gain nothing: with one kernel per seed they become grouped convolutions. A
+    training step of a small ResNet with five seeds (stages of 1 and 1 block, width 16, batch 32 of
+    32x32 pixels) took 1.14 s of CPU as one program, and 0.20 s for each seed alone. A run that is
+    trained alone is also bit-equal to the one that train.py makes.
+    """
+    try:
+        check_together(experiment)
+    except UsageError:
+        return False
+    if jax.default_backend() != "cpu":
+        return True
+    image = jax.ShapeDtypeStruct((1, *experiment.config.data.image_shape), "float32")
+    trace = jax.make_jaxpr(lambda key, image: experiment.model.init(key, image, train=False))
+    return "conv_general_dilated" not in str(trace(jax.random.key(0), image))
+
+
+def _train(workdir: Path, work: list[Work], quiet: bool) -> None:
+    """Does the work in order, and takes each item off the list."""
+    total, done = sum(item.steps for item in work), 0
+    reporter = Reporter(total, 0, quiet, _SECONDS_BETWEEN_LINES)
+    # A signal may come between two runs, too.
+    with signals.signals() as received, reporter:
+        while work:
+            item = work.pop(0)
+            part = Part(reporter, item.label, done, len(item.seeds), received)
+            try:
+                _train_item(workdir, item, part, quiet)
+            except BusyError as error:
+                part.say(f"{item.label} left out: {error}")
+            # Steps that another process did, or early stopping saved, took no time here.
+            part.begin(item.experiment.total_steps)
+            part.advance(item.experiment.total_steps, {})
+            done += item.steps
+            if received and work:
+                name = signal.Signals(received[0]).name
+                message = f"{name}: {item.label} done; the same command goes on from there"
+                raise InterruptionError(message, received[0])
+    if not any((workdir / _GROUPS).glob("*/*")):
+        shutil.rmtree(workdir / _GROUPS, ignore_errors=True)
+
+
+def _train_item(workdir: Path, item: Work, part: Part, quiet: bool) -> None:
+    arm = item.experiment.config.arm
+    folders = [_folder(workdir, arm, seed) for seed in item.seeds]
+    if all(map(_is_done, folders)):
+        return  # another process has trained them meanwhile
+    if len(item.seeds) > 1:
+        group = workdir / _GROUPS / arm / str(item.seeds[0])
+        train_together(item.experiment, item.seeds, folders, group, part)
+        return
+    run = item.experiment.with_seed(item.seeds[0])
+    if not isinstance(run.dataset, InMemory):
+        # The dataset notes which images can't be read, so each run needs one of its own.
+        run = Experiment(run.config, run.devices.count)
+    try:
+        loop.train(run, folders[0], quiet, part)
+    except DivergenceError as error:
+        mark_diverged(folders[0], error.step)
+        part.say(f"{run.config.name}:{item.label}: {error}")
+
+
+def _is_done(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("summary.json", "diverged.json"))
+
+
+def _folder(workdir: Path, arm: str, seed: int) -> Path:
+    return workdir / arm / str(seed)

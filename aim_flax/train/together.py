@@ -1,0 +1,78 @@
+"""Several seeds of one config, trained as one compiled program.
+
+The seeds are a further axis of the training state, over which the step is vmapped. What a run
+draws depends on its seed and step alone, so each seed sees the examples, augmentation and dropout
+that it sees when it is trained alone. Sums are taken in another order, so results are equal up to
+rounding.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from aim_flax.console import Part
+from aim_flax.errors import UsageError
+from aim_flax.files import read_json, write_json
+from aim_flax.train.experiment import Experiment
+from aim_flax.train.loop import Loop
+from aim_flax.train.workdir import claim, held
+
+_SEEDS = "seeds_together.json"
+
+
+def check_together(experiment: Experiment) -> None:
+    """Raises UsageError if seeds of this experiment can only be trained one by one."""
+    if experiment.config.train.stop_patience is not None:
+        raise UsageError("train.stop_patience is set, and seeds that stop early are trained alone")
+    if experiment.train_batches.seed_axes is None:
+        raise UsageError("its images are streamed, and each seed takes them in another order")
+    if jax.process_count() > 1:
+        raise UsageError("there are several processes, which train one seed at a time")
+
+
+def train_together(
+    experiment: Experiment,
+    seeds: Sequence[int],
+    workdirs: Sequence[Path],
+    folder: Path,
+    part: Part,
+) -> None:
+    """Trains runs that differ in their seed alone, or goes on with them where they were left.
+
+    Each workdir is left as `loop.run` leaves it. A run whose loss becomes NaN or infinite is marked
+    in its workdir (`workdir.mark_diverged`), and the others go on.
+
+    Args:
+      experiment: of the config that the runs share; its seed plays no part.
+      seeds, workdirs: of the runs. A workdir that holds its finished run is left alone.
+      folder: holds the group's checkpoints until it is done, and is then deleted; what another
+        group left there is deleted first.
+      part: reports on progress.
+
+    Raises:
+      UsageError: `check_together`'s, or a workdir holds something else, or another process is at
+        work in one (BusyError).
+      InterruptionError: SIGTERM or Ctrl-C; the state is saved.
+    """
+    check_together(experiment)
+    runs = [experiment.with_seed(seed) for seed in seeds]
+    with contextlib.ExitStack() as stack:
+        for run, workdir in zip(runs, workdirs, strict=True):
+            claim(workdir, run.config)
+            stack.enter_context(held(workdir))
+        if unfinished_group(folder) != list(seeds):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_json(folder / _SEEDS, list(seeds))
+        Loop(runs, workdirs, folder / "checkpoints", part).train()
+        shutil.rmtree(folder)
+
+
+def unfinished_group(folder: Path) -> list[int]:
+    """Returns the seeds whose common checkpoints lie in a group's folder; none where none do."""
+    if not (folder / _SEEDS).is_file() or not any(folder.glob("checkpoints/*/")):
+        return []
+    return read_json(folder / _SEEDS)

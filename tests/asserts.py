@@ -1,0 +1,51 @@
+"""What many tests assert: trees that are equal, and mistakes that are told in one line."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+import pytest
+
+from aim_flax.errors import UsageError
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    """Compares trees; the tolerance is relative to each array's largest number, or to 1."""
+
+    def compare(path, a, b):
+        scale = max(1.0, float(np.abs(b).max()))
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path)
+        )
+
+    jax.tree_util.tree_map_with_path(compare, found, expected)
+
+
+def assert_equal(found, expected):
+    """Compares trees bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@contextmanager
+def refused(pattern: str = "", *, exactly: str | None = None, kind=UsageError) -> Iterator[None]:
+    """Expects an error of one line, in which a regular expression is found, or which is a text."""
+    with pytest.raises(kind) as refusal:
+        yield
+    message = str(refusal.value)
+    # Not by `match`, which also sees the note that JAX adds to tracebacks.
+    assert re.search(pattern, message), message
+    assert exactly in (None, message)
+    assert "\n" not in message
+
+
+def fails(capsys, command, *argv) -> str:
+    """Returns the one line with which a command line is refused."""
+    with pytest.raises(SystemExit) as exit_:
+        command(list(argv))
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return line

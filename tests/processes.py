@@ -1,0 +1,130 @@
+"""How runs are stopped, in this process and in others: by signals, kills, and losses of NaN."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from aim_flax.errors import InterruptionError
+from aim_flax.train.experiment import Experiment
+from tests.runs import ROOT
+
+# (the run's experiment, steps taken before the call, {metric: (seeds, steps of the call)})
+Hook = Callable[[Experiment, int, dict[str, np.ndarray]], None]
+
+
+@contextmanager
+def after_calls(hook: Hook) -> Iterator[None]:
+    """Calls the hook after each call of training steps; it may change the metrics in place."""
+    original = Experiment.train_call
+
+    def train_call(self, length, together=False):
+        call = original(self, length, together)
+
+        def hooked(state, data, seed):
+            step = int(np.ravel(self.devices.fetch(state.step))[0])
+            state, metrics = call(state, data, seed)
+            seen = {k: np.atleast_2d(v) for k, v in self.devices.fetch(metrics).items()}
+            hook(self, step, seen)
+            seen = seen if together else {name: values[0] for name, values in seen.items()}
+            return state, self.devices.replicate(seen)
+
+        return hooked
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experiment, "train_call", train_call)
+        yield
+
+
+@contextmanager
+def interrupted(
+    step: int,
+    message: str,
+    signum: int = signal.SIGTERM,
+    run: Callable[[ConfigDict], bool] = lambda config: True,
+) -> Iterator[None]:
+    """Sends a signal during the call that starts at this step, once, in a run of such a config.
+
+    Expects an InterruptionError that says so.
+    """
+    sent = []
+
+    def interrupt(experiment: Experiment, start: int, metrics: dict[str, np.ndarray]) -> None:
+        if start == step and run(experiment.config) and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signum)
+
+    with after_calls(interrupt), pytest.raises(InterruptionError, match=message) as error:
+        yield
+    assert error.value.signal == signum
+
+
+@contextmanager
+def not_finite(step: int, seed: int = 0) -> Iterator[None]:
+    """Makes the training loss of a step NaN, for one seed of those from 0."""
+
+    def spoil(experiment: Experiment, start: int, metrics: dict[str, np.ndarray]) -> None:
+        together, length = metrics["loss"].shape
+        seeds = [experiment.config.seed] if together == 1 else list(range(together))
+        if seed in seeds and start < step <= start + length:
+            metrics["loss"][seeds.index(seed), step - 1 - start] = np.nan
+
+    with after_calls(spoil):
+        yield
+
+
+def start(script: str, *arguments: str | Path, **environment: str) -> subprocess.Popen:
+    """Starts train.py or another script on one device."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def lines_until(process: subprocess.Popen, first: str) -> list[str]:
+    """Reads lines of its output up to one that starts so, or to its end."""
+    lines = []
+    for line in iter(process.stdout.readline, ""):
+        lines.append(line)
+        if line.startswith(first):
+            break
+    return lines
+
+
+def finish(*processes: subprocess.Popen) -> list[str]:
+    """Waits for processes, all of which succeed, and returns their outputs."""
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def kill_again_and_again(command: tuple, kills: int, resumed: int, seconds: float) -> None:
+    """Kills a command at random moments of its training until it was killed, and went on from a
+    checkpoint, so often; then lets it come to its end."""
+    rng = np.random.default_rng(0)
+    killed = gone_on = 0
+    for _ in range(12):
+        if killed >= kills and gone_on >= resumed:
+            break
+        process = start(*command)
+        # Lines come once training is under way; then at a random moment, perhaps in a save.
+        gone_on += any(line.startswith("resuming") for line in lines_until(process, "step"))
+        timer = threading.Timer(rng.uniform(0, seconds), process.kill)
+        timer.start()
+        process.communicate(timeout=300)
+        timer.join()
+        killed += process.returncode == -signal.SIGKILL
+    finish(start(*command))
+    assert killed >= kills
+    assert gone_on >= resumed

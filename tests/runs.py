@@ -1,0 +1,91 @@
+"""Runs of a small network on digits: their configs, and what they leave."""
+
+import csv
+import json
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from aim_flax import config as configs
+from aim_flax.train.experiment import Experiment
+from aim_flax.train.restore import restore_run
+from tests.asserts import assert_equal
+
+ROOT = Path(__file__).parents[1]
+DIGITS = str(ROOT / "configs" / "digits_mlp.py")
+SMALL = ("model.features=(16,16)", "memory.shape=(8,)", "memory.update_block.features=(4,)")
+TIMINGS = ("train_seconds", "examples_per_second", "data_wait_share")
+
+
+def arms() -> list[str]:
+    """Returns file:arm for every arm of every config."""
+    files = sorted((ROOT / "configs").glob("*.py"))
+    return [f"{file.stem}:{arm}" for file in files for arm in runpy.run_path(str(file))["ARMS"]]
+
+
+def load(name: str, assignments: Sequence[str] = ()) -> ConfigDict:
+    """Returns the config of file:arm, with changes."""
+    file, _, arm = name.partition(":")
+    return configs.override(configs.load(f"{ROOT / 'configs' / file}.py:{arm}"), assignments)
+
+
+def flags(*assignments: str) -> list[str]:
+    """Returns them as flags of a command line."""
+    return [f"--config.{assignment}" for assignment in assignments]
+
+
+def digits(arm: str = "aim", *assignments: str) -> ConfigDict:
+    """A network small enough for tests to compile quickly; steps as in the real one."""
+    small = SMALL if arm != "control" else SMALL[:1]
+    return configs.override(configs.load(f"{DIGITS}:{arm}"), [*small, *assignments])
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open() as opened:
+        return list(csv.DictReader(opened))
+
+
+def read_json(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+def history(workdir: Path) -> dict[str, np.ndarray]:
+    """Returns the columns of a run's metrics.csv."""
+    rows = read_csv(workdir / "metrics.csv")
+    return {column: np.array([float(row[column]) for row in rows]) for column in rows[0]}
+
+
+def snapshot(folder: Path) -> dict[Path, int]:
+    """Returns what is in a folder, and when it was changed."""
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Two runs ended bit for bit alike, timings aside."""
+    summaries = [read_json(run / "summary.json") for run in (one, other)]
+    for summary in summaries:
+        for key in TIMINGS:
+            del summary[key]
+    assert summaries[0] == summaries[1]
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    for checkpoint in ("best", "latest"):
+        assert_equal(*(restore_run(run, checkpoint).variables for run in (one, other)))
+
+
+def first_steps(config: ConfigDict, device_count: int, steps: int):
+    """Returns the losses of a run's first steps, its state before them, and that after them."""
+    experiment = Experiment(config, device_count)
+    devices, epoch_steps = experiment.devices, experiment.epoch_steps
+    before = experiment.initial_state()
+    state, seed = devices.replicate(before), devices.replicate(np.uint32(config.seed))
+    feed = experiment.train_batches.feed(config.seed, 0, steps)
+    losses = []
+    while len(losses) < steps:
+        length = min(steps - len(losses), epoch_steps - len(losses) % epoch_steps)
+        data = feed.at(len(losses))
+        state, metrics = experiment.train_call(length)(state, data, seed)
+        losses += devices.fetch(metrics)["loss"].tolist()
+    return losses, before, devices.fetch(state)
