@@ -2,7 +2,8 @@
 
 from aim_flax.evaluate.interventions import intervene
 from aim_flax.latch import AiM
-from aim_flax.memory import Memory, MemoryUpdate, fit
+from aim_flax.memory import Memory, fit
 from aim_flax.models.build import build_model
+from aim_flax.updates import MemoryUpdate
 
 __all__ = ["AiM", "Memory", "MemoryUpdate", "build_model", "fit", "intervene"]

@@ -6,7 +6,7 @@ over examples, another axis may be as long as the batch. The axis that grows wit
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from flax.core import Scope
 from flax.linen import module as linen_module
 
 from aim_flax.errors import UsageError
+from aim_flax.patterns import Selector, select
 from aim_flax.scopes import is_in_backbone, with_backbone
 
 AXES = {0: "batch", 1: "sequence"}
@@ -25,17 +26,20 @@ AXES = {0: "batch", 1: "sequence"}
 _FOUND: dict[Any, str | None] = {}
 _MOST_FOUND = 512
 
-Places = tuple[tuple[re.Pattern, ...], tuple[re.Pattern, ...], tuple[re.Pattern, ...]]
+Places = tuple[
+    tuple[re.Pattern, ...], tuple[re.Pattern, ...], tuple[tuple[re.Pattern, Selector], ...]
+]
 Finds = list[tuple[str, str, tuple[int, ...]]]  # (what, path, shape) in the order of the calls
 
 
 def check(
     backbone: nn.Module,
+    method: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     reads: Sequence[re.Pattern],
     ignored: Sequence[re.Pattern],
-    updates: Sequence[re.Pattern],
+    updates: Mapping[re.Pattern, Selector],
     axis: int = 0,
 ) -> None:
     """Raises UsageError for a read of a written memory, or an update, off the batch axis.
@@ -47,10 +51,11 @@ def check(
 
     Args:
       backbone: the network, unbound.
+      method: the name of what is called.
       args, kwargs: of its call; arrays may be traced.
       reads: patterns of the layers that read the memory.
       ignored: patterns of those among them that read another one, which is never written.
-      updates: patterns of the modules after which it is written.
+      updates: patterns of the modules after which it is written, and what of their output counts.
       axis: 0, or 1 to ask the same of the second axis, the sequence.
 
     Raises:
@@ -58,8 +63,8 @@ def check(
     """
     leaves, tree = jax.tree.flatten((args, kwargs))
     described = tuple((leaf.shape, str(leaf.dtype)) if _is_array(leaf) else leaf for leaf in leaves)
-    places = (tuple(reads), tuple(ignored), tuple(updates))
-    key = (backbone, tree, described, places, axis)
+    places = (tuple(reads), tuple(ignored), tuple(updates.items()))
+    key = (backbone, method, tree, described, places, axis)
     try:
         known = key in _FOUND
     except TypeError:  # Something in it has no hash: traced each time.
@@ -67,7 +72,7 @@ def check(
     if known:
         problem = _FOUND[key]
     else:
-        problem = _problem(backbone, leaves, tree, places, axis)
+        problem = _problem(backbone, method, leaves, tree, places, axis)
         if key is not None:
             if len(_FOUND) >= _MOST_FOUND:
                 _FOUND.clear()
@@ -78,6 +83,7 @@ def check(
 
 def _problem(
     backbone: nn.Module,
+    method: str,
     leaves: list[Any],
     tree: Any,
     places: Places,
@@ -93,7 +99,7 @@ def _problem(
     def trace(grown: list[int], size: int) -> Finds | None:
         nonlocal failure
         try:
-            return _trace(backbone, leaves, tree, grown, axis, size, places)
+            return _trace(backbone, method, leaves, tree, grown, axis, size, places)
         except Exception as error:  # Whatever a network may raise at a size that it doesn't know.
             failure = failure or error
             return None
@@ -146,6 +152,7 @@ def _off_axis(found: Finds, size: int, axis: int) -> tuple[str, str, tuple[int, 
 
 def _trace(
     backbone: nn.Module,
+    method: str,
     leaves: list[Any],
     tree: Any,
     grown: list[int],
@@ -157,20 +164,19 @@ def _trace(
     found: Finds = []
     token = object()
 
-    def matches(path: str) -> tuple[bool, bool, bool]:
-        return tuple(any(p.fullmatch(path) for p in patterns) for patterns in places)
+    reads, ignored, updates = places
 
     def see(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         if context.method_name != "__call__" or not is_in_backbone(context.module, token):
             return next_fun(*args, **kwargs)
         path = "/".join(context.module.path)
-        reads, ignored, updates = matches(path)
-        if reads and not ignored:
+        if _matches(reads, path) and not _matches(ignored, path):
             inputs = [leaf for leaf in jax.tree.leaves((args, kwargs)) if _is_array(leaf)]
             found.extend(("read", path, x.shape) for x in inputs[:1])
         y = next_fun(*args, **kwargs)
-        if updates and _is_array(y):
-            found.append(("update_after", path, y.shape))
+        selected = [selector for pattern, selector in updates if pattern.fullmatch(path)]
+        for part in [select(y, selector, path) for selector in selected[:1]]:
+            found.extend([("update_after", path, part.shape)] * _is_array(part))
         return y
 
     def run(scope: Scope, *arrays: jax.Array) -> Any:
@@ -178,7 +184,7 @@ def _trace(
         for i, array in zip(grown, arrays, strict=True):
             given[i] = array
         args, kwargs = jax.tree.unflatten(tree, given)
-        return backbone.clone(parent=scope)(*args, **kwargs)
+        return getattr(backbone.clone(parent=scope), method)(*args, **kwargs)
 
     init = core.init(run, core.DenyList("intermediates"), with_backbone({}, token))
 
@@ -188,7 +194,8 @@ def _trace(
         shape[axis] = size
         shapes.append(jax.ShapeDtypeStruct(tuple(shape), leaves[i].dtype))
     with _unseen(), nn.intercept_methods(see):
-        jax.eval_shape(init, jax.random.key(0), *shapes)
+        # The key is made within, so that nothing of this is left in what JAX traces around it.
+        jax.eval_shape(lambda *arrays: init(jax.random.key(0), *arrays), *shapes)
     return found
 
 
@@ -205,6 +212,10 @@ def _unseen() -> Iterator[None]:
     finally:
         for stack, calls in zip(stacks, kept, strict=True):
             stack[:] = calls
+
+
+def _matches(patterns: Sequence[re.Pattern], path: str) -> bool:
+    return any(pattern.fullmatch(path) for pattern in patterns)
 
 
 def _is_array(leaf: Any) -> bool:

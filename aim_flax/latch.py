@@ -12,7 +12,8 @@ What is latched on to a module lies beside that module's own parameters, under `
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,15 @@ from jax.extend.core import get_opaque_trace_state
 
 from aim_flax import batch_axis
 from aim_flax.errors import UsageError, check_choice, nearest
-from aim_flax.memory import Memory, MemoryUpdate
+from aim_flax.memory import FITS, Memory
 from aim_flax.modes import resolve
+from aim_flax.patterns import Patterns, compile_patterns, select, selectors
 from aim_flax.reads import (
     READ_MODES,
     READABLE,
     Call,
+    Form,
+    UnreadableError,
     check_batch,
     check_readable,
     is_plain_call,
@@ -38,6 +42,7 @@ from aim_flax.reads import (
     warn_of_keys,
 )
 from aim_flax.scopes import is_in_backbone, push_latched_on, with_backbone
+from aim_flax.updates import MemoryUpdate
 
 CARRIES = ("weights", "state")
 
@@ -45,9 +50,24 @@ CARRIES = ("weights", "state")
 # the latch, which sees only what is traced, would not even know that there is an nn.jit to refuse.
 _init_context = jax.make_user_context(default_value=False)
 
-Patterns = str | Sequence[str]
 # (memory as it stands, memory of the weights alone, batch size, path) -> memory that is read.
 Alteration = Callable[[jax.Array, jax.Array, int, str], jax.Array]
+
+
+class Place(NamedTuple):
+    """A module where a memory is read or written.
+
+    Attributes:
+      what: "read" or "update".
+      path: of the module.
+      memory: the name of the memory.
+      shape: of the layer's input, or of the output from which the memory is updated.
+    """
+
+    what: str
+    path: str
+    memory: str
+    shape: tuple[int, ...]
 
 
 class AiM(nn.Module):
@@ -57,12 +77,18 @@ class AiM(nn.Module):
     r"stage\\d_block1/conv1"; several may be given, none is "" or (). Paths are those of the
     parameters: `AiM` takes the backbone's place, so they stay what they are without it.
 
+    A network gets several memories by an AiM inside an AiM, each `called` something else: the
+    inner one is the backbone of the outer, with the paths of the network inside.
+
     Attributes:
-      backbone: any Linen module that is used by `__call__`.
+      backbone: any Linen module.
       memory: the notebook at the start of each forward pass.
-      read: modules that read the memory: nn.Conv and nn.ConvTranspose over two spatial axes,
-        nn.Dense, and nn.DenseGeneral over its last axis.
-      update_after: modules after whose call the memory is rewritten from their output.
+      read: modules that read the memory: nn.Conv and nn.ConvTranspose, nn.Dense, and
+        nn.DenseGeneral over its last axis. Other modules that a pattern matches are left alone,
+        but it must match one that can read.
+      update_after: modules after whose call the memory is rewritten from their output. A mapping
+        {pattern: selector} says which part of it, an index or name, or several within each other:
+        {"encoder/block0": 0}.
       read_initial: those reads that see a second memory instead (`memory_initial`: same shape
         and kind, its own weights), which is never updated. The published network needs it.
       read_mode: "concat" appends the memory to the layer's input channels, as published;
@@ -70,8 +96,14 @@ class AiM(nn.Module):
         which is the same function by linearity. In a grouped convolution every group reads the
         whole memory. "scale" multiplies the layer's output, bias included, by 1 + that layer of
         the memory: the scaling half of FiLM (E. Perez et al., "FiLM: Visual Reasoning with a
-        General Conditioning Layer", 2018).
-      zero_init: with "add" and "scale", start the read kernels at zero: the first output is the
+        General Conditioning Layer", 2018). "attend" is "add" of what each position of the layer's
+        input finds in the memory by attention, with a linear query of the input and the memory's
+        positions as keys and values (M.-H. Guo et al., "Beyond Self-attention: External Attention
+        using Two Linear Layers for Visual Tasks", 2021, with keys and values the memory's own).
+      fit: how a convolutional memory takes a map's size: "reshape", as published, see
+        `memory.fit`; "resize", see `memory.resize`: then weights fit images of any size, and each
+        position of the memory is a place in the image.
+      zero_init: not with "concat"; start the read kernels at zero: the first output is the
         backbone's.
       update: options of the update blocks; each place gets a block of its own.
       carry: what the next batch finds. "weights": what backpropagation made of the memory, as
@@ -85,7 +117,12 @@ class AiM(nn.Module):
       check_batch: whether the backbone is traced, abstractly, at another batch size, to see that
         the first axis is the batch wherever a written memory is read or updated. False takes it
         for granted, and compares sizes only.
-      watch: called with "read" or "update" and the path of each place, in the order of the calls.
+      called: the memory's name, from which come those of all variables: `memory`,
+        `memory_initial`, `memory_read`, `memory_update`.
+      capture: whether `intermediates` gets the memory as a pass finds it, as `memory_at_start`, as
+        it is read at each place, as `memory_as_read` there, and as it is after each update, as
+        `memory_as_written`.
+      watch: called with the `Place` of each read and update, in the order of the calls.
       alter_read, no_write: for evaluation only, and set by `evaluate.interventions.intervene`:
         pairs of a pattern and what it does to the memory that matching reads find, applied in this
         order; and patterns of places whose update blocks don't write.
@@ -107,51 +144,142 @@ class AiM(nn.Module):
     carry_rate: float = 0.1
     mode: str | None = None
     check_batch: bool = True
-    watch: Callable[[str, str], None] | None = None
+    fit: str = "reshape"
+    called: str = "memory"
+    capture: bool = False
+    watch: Callable[[Place], None] | None = None
     alter_read: Sequence[tuple[str, Alteration]] = ()
     no_write: Sequence[str] = ()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the backbone with these arguments and returns what it returns: see `call`."""
+        return self.call("__call__", *args, **kwargs)
+
     @nn.compact
-    def __call__(
+    def call(
         self,
+        method: str,
+        /,
         *args: Any,
         train: bool | None = None,
         memory_mask: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Calls the backbone with these arguments and returns what it returns.
+        """Calls a method of the backbone and returns what it returns.
+
+        `init` and `apply` take the backbone's methods too, `aim.apply(variables, x,
+        method="encode")`; within a larger network it is `aim.call("encode", x)`. Each call is a
+        pass of its own: the memory starts anew.
 
         Args:
+          method: its name.
           *args, **kwargs: passed on as they are. The first axis of the arrays is the batch.
           train: whether update blocks use batch statistics and a carried memory is written; passed
             on in the backbone's own words, as what its mode argument is called. None: what the
             backbone is told by that argument, or its default; else evaluation.
-          memory_mask: which positions of a sequence count when a dense memory is updated from it,
-            (B, T): see `MemoryUpdate`. Not passed on.
+          memory_mask: which positions of a sequence count when a memory is updated from it, (B, T):
+            see `MemoryUpdate`. Not passed on.
         """
         _check_backbone(self)
-        train, kwargs = resolve(self.backbone, self.mode, train, args, kwargs)
+        net, mode = self.network, next((aim.mode for aim in self.chain if aim.mode), None)
+        train, kwargs = resolve(net, mode, train, args, kwargs, method)
         self._check_options(train, memory_mask)
         # Flax binds attributes one level down and takes their names. The backbone belongs in this
         # module's own place, where no name is taken but the memories'.
         scope = self.scope.rewound()
         latch = _Latch(self, scope, train, memory_mask)
         unbound = self.backbone.unbind()[0]
-        backbone = unbound.clone(parent=scope)
+        if isinstance(unbound, AiM):
+            # In a scope like it, for its fields have the same names.
+            run = partial(unbound.clone(parent=scope.rewound()).call, method)
+            given = {**kwargs, "train": train, "memory_mask": memory_mask}
+        else:
+            run, given = getattr(unbound.clone(parent=scope), method), kwargs
         with _init_context(self.is_initializing()), nn.intercept_methods(latch.intercept):
-            outputs = backbone(*args, **kwargs)
-        latch.check_patterns()
-        latch.check_axes(unbound, args, kwargs)
+            outputs = run(*args, **given)
+        # Another method need not call all modules; but what initialises must.
+        if method == "__call__" or self.is_initializing():
+            latch.check_patterns()
+        latch.check_axes(net, method, args, kwargs)
         latch.carry_on()
         return outputs
+
+    @nn.nowrap
+    def places(self, *args: Any, **kwargs: Any) -> list[Place]:
+        """Returns where memories are read and written, in the order of the first calls.
+
+        Args:
+          *args, **kwargs: what the network is called with; arrays may be given as their shapes and
+            dtypes. Nothing is computed.
+        """
+        found: dict[tuple[str, str, str], Place] = {}
+
+        def see(place: Place) -> None:
+            found.setdefault(place[:3], place)
+
+        def watched(aim: Any) -> Any:
+            if not isinstance(aim, AiM):
+                return aim
+            return aim.clone(backbone=watched(aim.backbone), watch=see)
+
+        trace_init(watched(self), args, kwargs)
+        return list(found.values())
+
+    @property
+    def chain(self) -> "tuple[AiM, ...]":
+        """This AiM and those directly inside of it, outermost first."""
+        inner = self.backbone
+        return (self, *inner.chain) if isinstance(inner, AiM) else (self,)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network within all of them, unbound."""
+        backbone = self.chain[-1].backbone
+        return backbone.unbind()[0] if backbone.scope is not None else backbone
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """As `nn.Module.apply`; `method` may be one of the backbone's."""
+        method, args = self._method(method, args)
+        return super().apply(variables, *args, method=method, **kwargs)
+
+    @nn.nowrap
+    def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """As `nn.Module.init_with_output`; `method` may be one of the backbone's."""
+        method, args = self._method(method, args)
+        return super().init_with_output(rngs, *args, method=method, **kwargs)
+
+    @nn.nowrap
+    def _method(self, method: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        """Returns the method of this class, and its arguments, that stand for the backbone's."""
+        if not isinstance(self.backbone, nn.Module):
+            return method, args
+        name = method if isinstance(method, str) else getattr(method, "__name__", "")
+        own = getattr(type(self.network), name, None)
+        if isinstance(method, str) and not hasattr(AiM, name):
+            if own is None:
+                methods = [n for n, v in vars(type(self.network)).items() if callable(v)]
+                raise UsageError(
+                    f"{type(self.network).__name__} has no method {name!r}{nearest(name, methods)}"
+                )
+            return "call", (name, *args)
+        if method is not None and own is not None and getattr(method, "__func__", method) is own:
+            return "call", (name, *args)
+        return method, args
 
     def _check_options(self, train: bool, mask: jax.Array | None) -> None:
         check_choice("read_mode", self.read_mode, READ_MODES)
         check_choice("carry", self.carry, CARRIES)
+        check_choice("fit", self.fit, FITS)
+        if self.called in [aim.called for aim in self.chain[1:]]:
+            raise UsageError(
+                f"two memories are called {self.called!r}: give each AiM a name of its own, such as"
+                " called='notes'"
+            )
         if self.zero_init and self.read_mode == "concat":
             raise UsageError(
-                "zero_init needs read_mode 'add' or 'scale': in 'concat' the memory has no kernel"
-                " of its own"
+                "zero_init needs read_mode 'add', 'scale' or 'attend': in 'concat' the memory has"
+                " no kernel of its own"
             )
         if self.carry == "state" and self.update.pool == "causal":
             raise UsageError(
@@ -160,7 +288,7 @@ class AiM(nn.Module):
             )
         if self.carry == "state" and not compile_patterns(self.update_after):
             raise UsageError("carry 'state' needs update_after: nothing writes to this memory")
-        if mask is not None and not compile_patterns(self.update_after):
+        if mask is not None and not any(compile_patterns(a.update_after) for a in self.chain):
             raise UsageError("memory_mask is of updates, but update_after is empty")
         if not 0 < self.carry_rate <= 1:
             raise UsageError(f"carry_rate is {self.carry_rate}, expected a number in (0, 1]")
@@ -189,33 +317,42 @@ class _Latch:
         scope.flags = with_backbone(scope.flags, self)
         self.trace = get_opaque_trace_state(convention="flax")
         self.read = compile_patterns(aim.read)
-        self.update_after = compile_patterns(aim.update_after)
+        self.selectors = selectors(aim.update_after)
+        self.update_after = tuple(self.selectors)
         self.read_initial = compile_patterns(aim.read_initial)
         self.alter_read = compile_patterns([at for at, _ in aim.alter_read])
         self.no_write = compile_patterns(aim.no_write)
         self.matched: set[tuple[str, re.Pattern]] = set()
         self.seen: dict[str, nn.Module] = {}
+        self.has_read: dict[str, None] = {}
+        self.read_by: set[re.Pattern] = set()
+        self.unreadable: dict[re.Pattern, UnreadableError] = {}
         self.unnamed: dict[str, None] = {}
         self.frames: list[_Frame] = []
         self.pushed: set[tuple[str, str]] = set()
         self.updates: dict[str, MemoryUpdate] = {}
-        self.weights = self._memory("memory")
+        self.weights = self._memory(aim.called)
         self.current = self.weights
+        self.form = Form(aim.read_mode, aim.zero_init, aim.fit, self.weights.ndim - 2)
         if aim.carry == "state":
-            content = self.weights[0]
-            self.carried = aim.variable("memory", "carried", jnp.zeros_like, content)
+            name = "carried" if aim.called == "memory" else f"{aim.called}_carried"
+            self.carried = aim.variable("memory", name, jnp.zeros_like, self.weights[0])
             self.current = self.weights + self.carried.value
         if self.read_initial:
-            self.initial = self._memory("memory_initial")
+            self.initial = self._memory(f"{aim.called}_initial")
+        if aim.capture and self._measures(aim):
+            aim.sow("intermediates", f"{aim.called}_at_start", self.current)
+            if self.read_initial:
+                aim.sow("intermediates", f"{aim.called}_initial_at_start", self.initial)
 
     def _memory(self, name: str) -> jax.Array:
         scope = push_latched_on(self.scope, name)
         return self.aim.memory.clone(parent=scope, name=None)(self.train)
 
-    def _push(self, module: nn.Module, name: str) -> Scope:
+    def _push(self, module: nn.Module, what: str) -> Scope:
         """Returns the scope of what is latched on to a module: in the module's own, for a name at
         the top could be taken by the backbone."""
-        path = self._path(module)
+        path, name = self._path(module), f"{self.aim.called}_{what}"
         if module.scope.name_reserved(name) and (path, name) not in self.pushed:
             raise UsageError(
                 f"{path!r} has a submodule or parameter called {name!r}, as is what the latch puts"
@@ -235,8 +372,14 @@ class _Latch:
             return next_fun(*args, **kwargs)
         path = self._path(module)
         if not path:  # The backbone itself, or what shares its scope.
-            self.unnamed.setdefault(type(module).__name__)
+            if not isinstance(module, AiM):
+                self.unnamed.setdefault(type(module).__name__)
             return next_fun(*args, **kwargs)
+        if path in (self.aim.called, f"{self.aim.called}_initial"):
+            raise UsageError(
+                f"the backbone has a module {path!r}, as is the memory: name the memory otherwise,"
+                " such as called='notes'"
+            )
         outer = [frame for frame in self.frames if frame.path == path]
         frame = _Frame(path, module)
         self.frames.append(frame)
@@ -271,27 +414,31 @@ class _Latch:
                 f"{path!r} runs inside nn.jit, which calls what it compiled before and so would"
                 " read an old memory: remove nn.jit and compile the whole step with jax.jit"
             )
-        if not self._match("read", path):
+        patterns = self._match("read", path)
+        if not patterns:
             if self._match("read_initial", path):
                 raise UsageError(f"read_initial matches {path!r}, which read does not match")
             return next_fun(*args, **kwargs)
         call = Call(module, path, next_fun, context.orig_method.func, args, kwargs)
         plain = is_plain_call(module, call.function)
-        if plain:
-            frame.has_read = True
-            return self._read(call)
-        y = next_fun(*args, **kwargs)
-        if outer or frame.has_read:
-            return y
-        # No plain layer was called within.
-        check_readable(module, path, self.aim.read_mode)
-        if self.aim.read_mode == "concat":
-            raise UsageError(
-                f"read matches {path!r}, but its class {type(module).__name__} multiplies by a"
-                " kernel in a way of its own, so the memory cannot be given a part of it: use"
-                " read_mode 'add' or 'scale'"
-            )
-        return self._read(dataclasses.replace(call, run=lambda *args, **kwargs: y))
+        if not plain:
+            y = next_fun(*args, **kwargs)
+            if outer or frame.has_read:
+                return y
+            # No plain layer was called within.
+            call = dataclasses.replace(call, run=lambda *args, **kwargs: y)
+        frame.has_read = True
+        try:
+            y = self._read(call, plain)
+        except UnreadableError as refusal:
+            for pattern in patterns:
+                self.unreadable.setdefault(pattern, refusal)
+            return call.run(*args, **kwargs)
+        self.read_by.update(patterns)
+        self.has_read[path] = None
+        for what in ("read_initial", "alter_read"):  # Only now: they are of what can read.
+            self._match(what, path)
+        return y
 
     def _transformations(self, module: nn.Module) -> list[str]:
         """Returns the Flax transformations within the backbone that this call runs inside."""
@@ -304,29 +451,41 @@ class _Latch:
         self.matched.update((what, pattern) for pattern in matching)
         return matching
 
-    def _read(self, call: Call) -> jax.Array:
-        module, path = call.module, call.path
-        check_readable(module, path, self.aim.read_mode)
+    def _read(self, call: Call, plain: bool) -> jax.Array:
+        aim, module, path = self.aim, call.module, call.path
+        check_readable(module, path, aim.read_mode)
+        if aim.read_mode == "concat" and not plain:
+            raise UnreadableError(
+                f"read matches {path!r}, but its class {type(module).__name__} multiplies by a"
+                " kernel in a way of its own, so the memory cannot be given a part of it: use"
+                " read_mode 'add' or 'scale'"
+            )
         around = self._transformations(module)
         for name, reason in _NO_READS.items():
             if any(transformation.startswith(f"{name}(") for transformation in around):
-                raise UsageError(
+                raise UnreadableError(
                     f"read matches {path!r}, which runs inside nn.{name}{reason}: read in a layer"
                     " outside"
                 )
-        warn_of_keys(module, path, self.aim.read_mode)
-        if self._match("read_initial", path):
+        if initial := any(pattern.fullmatch(path) for pattern in self.read_initial):
             m = weights = self.initial
         else:
             m, weights = self.current, self.weights
-        matching = self._match("alter_read", path)
-        for pattern, (_, alter) in zip(self.alter_read, self.aim.alter_read, strict=True):
-            if pattern in matching:
+        for pattern, (_, alter) in zip(self.alter_read, aim.alter_read, strict=True):
+            if pattern.fullmatch(path):
                 m = alter(m, weights, call.x.shape[0], path)
-        if self.aim.watch is not None:
-            self.aim.watch("read", path)
-        measure = module.is_mutable_collection("intermediates") and not module.is_initializing()
-        return read(call, m, self.aim.read_mode, self.aim.zero_init, self._push, measure)
+        measure = self._measures(module)
+        y = read(call, m, self.form, self._push, measure, aim.called)
+        warn_of_keys(module, path, aim.read_mode)
+        if aim.watch is not None:
+            name = f"{aim.called}_initial" if initial else aim.called
+            aim.watch(Place("read", path, name, call.x.shape))
+        if measure and aim.capture:
+            module.sow("intermediates", f"{aim.called}_as_read", m)
+        return y
+
+    def _measures(self, module: nn.Module) -> bool:
+        return module.is_mutable_collection("intermediates") and not module.is_initializing()
 
     def _update(self, y: Any, module: nn.Module, path: str) -> None:
         moved = get_opaque_trace_state(convention="flax") != self.trace
@@ -336,32 +495,37 @@ class _Latch:
                 " nn.scan, nn.vmap, nn.cond, ...): what is written there cannot leave it; update"
                 " after a module around the transformed one, or behind it"
             )
-        convolutional = self.weights.ndim == 4
-        ranks = "(B, H, W, C)" if convolutional else "(B, ..., C)"
-        least, most = (4, 4) if convolutional else (2, 99)
-        is_array = isinstance(y, jax.Array | np.ndarray)
-        if not is_array or not least <= y.ndim <= most:
-            what = f"has shape {y.shape}" if is_array else f"is a {type(y).__name__}"
+        pattern = next(p for p in self.update_after if p.fullmatch(path))
+        y = select(y, self.selectors[pattern], path)
+        if not isinstance(y, jax.Array | np.ndarray):
             raise UsageError(
-                f"update_after matches {path!r}, whose output {what}: a memory of shape"
-                f" {self.weights.shape[1:]} is updated from an array {ranks}"
+                f"update_after matches {path!r}, whose output is a {type(y).__name__}: say which"
+                f" part of it is the array, such as update_after={{{path!r}: 0}} for the first"
             )
-        check_batch(self.current, y, path)
+        if self.aim.update.pool == "causal" and self.form.axes:
+            raise UsageError(
+                "pool 'causal' makes one memory for each position of a dense memory, shape (D,),"
+                f" not {self.weights.shape[1:]}"
+            )
+        if y.ndim:
+            check_batch(self.current, y, path)
         if path not in self.updates:
-            scope = self._push(module, "memory_update")
+            scope = self._push(module, "update")
             self.updates[path] = self.aim.update.clone(parent=scope, name=None)
         if self.aim.watch is not None:
-            self.aim.watch("update", path)
-        before = self.current
+            self.aim.watch(Place("update", path, self.aim.called, y.shape))
+        before, update = self.current, self.updates[path]
         try:
-            self.current = self.updates[path](
-                y, before, train=self.train, mask=self.mask, decode=self._decodes()
+            self.current = update(
+                y, before, self.train, self.mask, self._decodes(), fitted=self.aim.fit
             )
         except UsageError as error:
             raise UsageError(f"update_after matches {path!r}: {error}") from None
-        if module.is_mutable_collection("intermediates") and not module.is_initializing():
+        if self._measures(module):
             change = self.current.astype(jnp.float32) - before.astype(jnp.float32)
-            record(module, change, before, "memory_update_use")
+            record(module, change, before, f"{self.aim.called}_update_use")
+            if self.aim.capture:
+                module.sow("intermediates", f"{self.aim.called}_as_written", self.current)
 
     def _decodes(self) -> bool:
         """Whether this pass goes on from the last: the network has a cache, and may write it."""
@@ -370,43 +534,43 @@ class _Latch:
         return cached and has_cache and not self.aim.is_initializing()
 
     def check_patterns(self) -> None:
-        """Raises UsageError for a pattern that matched nothing in this pass."""
+        """Raises UsageError for a pattern that matched nothing, or nothing that can read."""
+        for pattern, refusal in self.unreadable.items():
+            if pattern not in self.read_by:
+                raise refusal
         readable = [path for path, module in self.seen.items() if isinstance(module, READABLE)]
-        reads, updates = (
-            [path for path in self.seen if self._match(what, path)]
-            for what in ("read", "update_after")
-        )
+        updates = [path for path in self.seen if self._match("update_after", path)]
         places = {
             "read": ("read", "module", readable),
             "update_after": ("update_after", "module", list(self.seen)),
             "read_initial": ("read_initial", "module", readable),
-            "alter_read": ("at", "read", reads),
+            "alter_read": ("at", "read", list(self.has_read)),
             "no_write": ("at", "update", updates),
         }
         for what, (name, noun, paths) in places.items():
             for pattern in getattr(self, what):
                 if (what, pattern) in self.matched:
                     continue
-                network, *sharing = self.unnamed
+                network = type(self.aim.network).__name__
                 advice = ""
-                if sharing:
+                if sharing := [name for name in self.unnamed if name != network]:
                     advice = (
                         f"; {', '.join(sharing)} shares the scope of {network}, so it has no path:"
                         f" put {network} into a module"
                     )
                 raise UsageError(
                     f"{name} pattern {pattern.pattern!r} matches no {noun} of"
-                    f" {type(self.aim.backbone).__name__}{nearest(pattern.pattern, paths)};"
+                    f" {network}{nearest(pattern.pattern, paths)};"
                     f" there are: {', '.join(paths) or 'none'}{advice}"
                 )
 
-    def check_axes(self, backbone: nn.Module, args: tuple, kwargs: dict) -> None:
+    def check_axes(self, net: nn.Module, method: str, args: tuple, kwargs: dict) -> None:
         """Raises UsageError where the first axis is not the batch, but a memory per example is."""
         if not self.update_after or not self.aim.check_batch:
             return
-        places = (self.read, self.read_initial, self.update_after)
+        places = (self.read, self.read_initial, self.selectors)
         for axis in (0, 1) if self.aim.update.pool == "causal" else (0,):
-            batch_axis.check(backbone, args, kwargs, *places, axis)
+            batch_axis.check(net, method, args, kwargs, *places, axis)
 
     def carry_on(self) -> None:
         """Keeps what was written for the next batch, when the carry is `state`."""
@@ -418,6 +582,23 @@ class _Latch:
             written = jax.lax.pmean(written, aim.update.axis_name)
         change = jax.lax.stop_gradient(written - self.weights[0])
         self.carried.value = (1 - aim.carry_rate) * self.carried.value + aim.carry_rate * change
+
+
+def trace_init(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Returns the shapes of a network's variables; only arrays among its arguments are traced.
+
+    Args:
+      args, kwargs: of its call; arrays, or their shapes and dtypes.
+    """
+    leaves, tree = jax.tree.flatten((args, dict(kwargs)))
+
+    def init(*arrays: jax.Array) -> Any:
+        left = iter(arrays)
+        given = [next(left) if hasattr(leaf, "shape") else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(tree, given)
+        return model.init(jax.random.key(0), *args, **kwargs)
+
+    return jax.eval_shape(init, *(leaf for leaf in leaves if hasattr(leaf, "shape")))
 
 
 # Why there can be no read inside these transformations.
@@ -476,12 +657,3 @@ def _has_variables_outside(module: nn.Module, scope: Scope) -> bool:
         if tree:
             return True
     return False
-
-
-def compile_patterns(patterns: Patterns) -> tuple[re.Pattern, ...]:
-    """Returns them compiled, without empty ones; UsageError for what is no regular expression."""
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    try:
-        return tuple(re.compile(pattern) for pattern in patterns if pattern)
-    except re.error as error:
-        raise UsageError(f"{error.pattern!r} is no regular expression: {error}") from None

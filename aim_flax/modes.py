@@ -22,6 +22,7 @@ MODES = {
     "is_eval": False,
 }
 NO_MODE = "none"
+_REST = inspect.Parameter.VAR_KEYWORD
 
 
 def resolve(
@@ -30,6 +31,7 @@ def resolve(
     train: bool | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    method: str = "__call__",
 ) -> tuple[bool, dict[str, Any]]:
     """Finds out in which mode a network is called, and tells it in its own words.
 
@@ -40,6 +42,7 @@ def resolve(
       train: the mode that the caller asks for; None: that of the backbone's own argument, by
         default its default, and evaluation where there is none.
       args, kwargs: for the network, its mode argument perhaps among them.
+      method: the name of what is called.
 
     Returns:
       Whether it is training, and the keyword arguments, the mode among them where it is asked for.
@@ -48,60 +51,64 @@ def resolve(
       UsageError: two arguments, or `**kwargs`, that may be the mode; modes that contradict each
         other; a mode that is not known at tracing.
     """
-    backbone = _entry(backbone)
-    name = _mode_argument(backbone, declared)
+    backbone, method = _entry(backbone, method)
+    called = inspect.signature(getattr(type(backbone), method))
+    what = f"{type(backbone).__name__}.{method}"
+    kinds = {p.kind for p in called.parameters.values()}
+    if method != "__call__" and declared not in called.parameters and _REST not in kinds:
+        declared = None  # It is what the network's call takes.
+    name = _mode_argument(backbone, what, called, declared)
     if name is None:
         fixed = _fixed_by_field(backbone) if declared is None else None
         return _agree(backbone, train, *(fixed or (None, None))), kwargs
     field = getattr(backbone, name, None)
-    signature = inspect.signature(type(backbone).__call__)
     try:
-        bound = signature.bind_partial(None, *args, **kwargs)
+        bound = called.bind_partial(None, *args, **kwargs)
     except TypeError as error:
-        raise UsageError(
-            f"{type(backbone).__name__}.__call__ cannot be called so: {error}"
-        ) from None
+        raise UsageError(f"{what} cannot be called so: {error}") from None
     given = bound.arguments.get(name, kwargs.get(name))
     if given is not None:
         return _agree(backbone, train, name, given), kwargs
     if isinstance(field, bool):
         return _agree(backbone, train, name, field), kwargs
-    parameter = signature.parameters.get(name)
+    parameter = called.parameters.get(name)
     if train is None and parameter is not None and isinstance(parameter.default, bool):
         return _agree(backbone, None, name, parameter.default), kwargs
     train = _agree(backbone, train, None, None)
     return train, {**kwargs, name: train == MODES[name]}
 
 
-def _entry(backbone: nn.Module) -> nn.Module:
-    """Returns the module whose `__call__` gets the arguments: of an nn.Sequential, its first."""
+def _entry(backbone: nn.Module, method: str) -> tuple[nn.Module, str]:
+    """Returns the module whose method gets the arguments: of an nn.Sequential, its first."""
     while isinstance(backbone, nn.Sequential) and backbone.layers:
         if not isinstance(backbone.layers[0], nn.Module):
             break
-        backbone = backbone.layers[0]
-    return backbone
+        backbone, method = backbone.layers[0], "__call__"
+    return backbone, method
 
 
-def _mode_argument(entry: nn.Module, declared: str | None) -> str | None:
-    network = type(entry).__name__
+def _mode_argument(
+    entry: nn.Module, what: str, called: inspect.Signature, declared: str | None
+) -> str | None:
+    """Returns the name of the mode argument, None where there is none."""
     if declared == NO_MODE:
         return None
-    parameters = inspect.signature(type(entry).__call__).parameters
-    hides = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    parameters = called.parameters
+    hides = any(p.kind is _REST for p in parameters.values())
     if declared is not None:
         check_choice("mode", declared, (*MODES, NO_MODE))
         if declared not in parameters and not hides:
-            raise UsageError(f"mode is {declared!r}, which {network}.__call__ does not take")
+            raise UsageError(f"mode is {declared!r}, which {what} does not take")
         return declared
     found = [name for name in parameters if name in MODES]
     if len(found) > 1:
         raise UsageError(
-            f"{network}.__call__ takes {' and '.join(found)}: say which of them tells training from"
+            f"{what} takes {' and '.join(found)}: say which of them tells training from"
             f" evaluation, with AiM(..., mode={found[0]!r})"
         )
     if not found and hides and not isinstance(entry, nn.Sequential):
         raise UsageError(
-            f"{network}.__call__ takes **kwargs, behind which its mode argument may be: name it"
+            f"{what} takes **kwargs, behind which its mode argument may be: name it"
             f" with AiM(..., mode='train'), or say that there is none with mode={NO_MODE!r}"
         )
     return found[0] if found else None
@@ -131,3 +138,25 @@ def _agree(backbone: nn.Module, train: bool | None, name: str | None, value: Any
             f" {type(backbone).__name__}: give one of them, or both alike"
         )
     return training
+
+
+class InMode(nn.Module):
+    """A network that is told `train`, whatever it calls that itself.
+
+    It takes the network's place, so that paths of parameters stay what they are.
+
+    Attributes:
+      network: any Linen module.
+    """
+
+    network: nn.Module
+
+    @nn.compact
+    def __call__(self, *args: Any, train: bool = False, **kwargs: Any) -> Any:
+        """Calls the network in this mode and returns what it returns.
+
+        Raises:
+          UsageError: a network whose mode argument is not clear, see `resolve`.
+        """
+        _, kwargs = resolve(self.network, None, train, args, kwargs)
+        return self.network.unbind()[0].clone(parent=self.scope.rewound())(*args, **kwargs)

@@ -16,10 +16,31 @@ from flax.core import Scope
 from flax.errors import ScopeParamShapeError
 
 from aim_flax.errors import UsageError
-from aim_flax.memory import computed_dtype, fit
+from aim_flax.memory import computed_dtype, fit, kernel_of, resize
 
-READ_MODES = ("concat", "add", "scale")
+READ_MODES = ("concat", "add", "scale", "attend")
 READABLE = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+
+
+class UnreadableError(UsageError):
+    """A module that cannot read: a mistake where a pattern matches no other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a memory is read.
+
+    Attributes:
+      mode: one of READ_MODES.
+      zero_init: whether what is added starts at zero.
+      fit: one of `memory.FITS`.
+      axes: spatial axes of the memory; one more axis is then a sequence's, see `MemoryUpdate`.
+    """
+
+    mode: str
+    zero_init: bool
+    fit: str
+    axes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +102,16 @@ def is_plain_call(module: nn.Module, function: Callable[..., Any]) -> bool:
 
 
 def check_readable(module: nn.Module, path: str, mode: str) -> None:
-    """Raises UsageError for a layer that cannot read in this mode."""
+    """Raises UnreadableError for a layer that cannot read in this mode."""
     kind = kind_of(module)
     refusal = f"read matches {path!r}, but "
     if kind is None:
         kinds = ", ".join(f"nn.{kind.__name__}" for kind in READABLE)
-        raise UsageError(
+        raise UnreadableError(
             f"{refusal}a {type(module).__name__} cannot read a memory; these can: {kinds}"
         )
     if mode == "concat" and (changed := _overridden(type(module), kind)):
-        raise UsageError(
+        raise UnreadableError(
             f"{refusal}its class {type(module).__name__} has a {changed} of its own, so the"
             " memory's part of the kernel would be transformed with the layer's: use read_mode"
             " 'add' or 'scale'"
@@ -111,29 +132,38 @@ def _overridden(layer: type[nn.Module], kind: type[nn.Module]) -> str:
 def read(
     call: Call,
     m: jax.Array,
-    mode: str,
-    zero_init: bool,
+    form: Form,
     push: Callable[[nn.Module, str], Scope],
     measure: bool,
+    called: str,
 ) -> jax.Array:
     """Returns the layer's output with the memory read into it.
 
     Args:
       call: of a layer that `check_readable` accepts.
-      m: the memory, see `_as_input`.
-      mode: one of READ_MODES.
-      zero_init: whether the read kernel of "add" and "scale" starts at zero.
-      push: returns the scope of what is latched on to a module, by its name.
+      m: the memory, (1 or B, R, K, D), (1 or B, D), or (B, T, D) with one for each position.
+      form: how it is read.
+      push: returns the scope of what is latched on to a module as its "read".
       measure: whether to record how much of the output is the memory's.
+      called: the memory's name.
+
+    Raises:
+      UnreadableError: a layer that cannot read this memory.
+      UsageError: a memory and an input of different sizes.
     """
     module, x = call.module, call.x
-    m = _as_input(m, x, module, call.path)
-    if mode == "concat":
-        return _concat(call, m, measure)
+    _check_input(call)
+    check_batch(m, x, call.path)
+    if form.mode == "concat":
+        return _concat(call, _as_input(call, m, form), measure, called)
+    if form.mode == "attend":
+        read_m = functools.partial(_attended, call, m, form)
+    else:
+        m = _as_input(call, m, form)
+        read_m = functools.partial(_added, call, m, form)
     y = call.run(*call.args, **call.kwargs)
-    layer = _read_layer(module, zero_init, push(module, "memory_read"))
-    with _of_one_map_size(call, m):
-        share = layer(m)
+    # Its scope is taken after the module's call, so the module's own initial values stay.
+    share = read_m(push(module, "read"))
     # Of a layer that pads or strides by itself the output may be of another size.
     if not isinstance(y, jax.Array | np.ndarray) or not _fits(share, y):
         what = getattr(y, "shape", type(y).__name__)
@@ -142,11 +172,42 @@ def read(
             f" {x.shape}, where nn.{kind_of(module).__name__} would make {share.shape[1:]} of each"
             " example: read in another layer"
         )
-    if mode == "scale":
+    if form.mode == "scale":
         share = y * share
     if measure:
-        record(module, share, y)
+        record(module, share, y, f"{called}_use")
     return y + share
+
+
+def _added(call: Call, m: jax.Array, form: Form, scope: Scope) -> jax.Array:
+    """Returns a layer of the memory, (1 or B, ..., features)."""
+    with _of_one_map_size(call, m):
+        return _read_layer(call.module, form.zero_init, scope)(m)
+
+
+def _attended(call: Call, m: jax.Array, form: Form, scope: Scope) -> jax.Array:
+    """Returns a layer of what each position's query finds in the memory, (B, ..., features).
+
+    Attention with one head, in which the slots are keys and values; projections of them are left
+    out, for those of the query and of the output can do the same.
+    """
+    x, module = call.x, call.module
+    if form.axes == 0:
+        raise UsageError(
+            f"read matches {call.path!r}, but read_mode 'attend' chooses among the positions of a"
+            f" memory, and one of shape {m.shape[-1:]} has one: give it slots, shape (S, D)"
+        )
+    dtype = computed_dtype(x, module.dtype, module.param_dtype)
+    channels = m.shape[-1]
+    slots = m.reshape(m.shape[0], -1, channels).astype(dtype)
+    query = nn.Dense(
+        channels, use_bias=False, dtype=module.dtype, param_dtype=module.param_dtype,
+        parent=scope.push("query", reuse=True),
+    )  # fmt: skip
+    q = query(x).reshape(x.shape[0], -1, channels) * channels**-0.5
+    found = nn.softmax(q @ slots.swapaxes(1, 2)) @ slots
+    found = found.reshape(*x.shape[:-1], channels)
+    return _read_layer(module, form.zero_init, scope.push("output", reuse=True))(found)
 
 
 def _fits(share: jax.Array, y: jax.Array) -> bool:
@@ -154,7 +215,7 @@ def _fits(share: jax.Array, y: jax.Array) -> bool:
     return all(a in (1, b) for a, b in sizes)
 
 
-def _concat(call: Call, m: jax.Array, measure: bool) -> jax.Array:
+def _concat(call: Call, m: jax.Array, measure: bool, called: str) -> jax.Array:
     module = call.module
     # Cast as the layer would, so that both can be one array.
     x = call.x.astype(m.dtype)
@@ -170,7 +231,7 @@ def _concat(call: Call, m: jax.Array, measure: bool) -> jax.Array:
                 own = twin(_append(x, jnp.zeros_like(m)))
                 share = y - own
     if measure:
-        record(module, share, own)
+        record(module, share, own, f"{called}_use")
     return y
 
 
@@ -186,56 +247,69 @@ def _halves_of_groups(module: nn.Conv, x: jax.Array, m: jax.Array) -> tuple[jax.
     a copy of m for every group, would be larger than x by as many times as m has channels.
     """
     own = x.shape[-1] // module.feature_group_count
-    shape = (*module.kernel_size, own + m.shape[-1], module.features)
+    shape = (*kernel_of(module.kernel_size, x.ndim - 2), own + m.shape[-1], module.features)
     # In the order in which the layer makes them, so with the initial values that it would draw.
     kernel = module.param("kernel", module.kernel_init, shape, module.param_dtype)
-    params = {"kernel": kernel[:, :, :own]}
+    params = {"kernel": kernel[..., :own, :]}
     if module.use_bias:
         shape = (module.features,)
         params["bias"] = module.param("bias", module.bias_init, shape, module.param_dtype)
     y = _plain(module).apply({"params": params}, x)
     reader = _plain(module, feature_group_count=1, use_bias=False)
-    return y, reader.apply({"params": {"kernel": kernel[:, :, own:]}}, m)
+    return y, reader.apply({"params": {"kernel": kernel[..., own:, :]}}, m)
 
 
-def _as_input(m: jax.Array, x: jax.Array, module: nn.Module, path: str) -> jax.Array:
-    """Returns the memory in the form in which a layer with input `x` reads it.
-
-    For convolutions (1 or B, H, W, channels), see `fit`; for dense layers (1 or B, 1, ..., D), of
-    a convolutional memory the mean over rows and columns, and of one with a memory for each of T
-    positions (B, T, 1, ..., D). In the dtype in which the layer computes.
-    """
-    refusal = f"read matches {path!r}, but "
-    dtype = computed_dtype(x, module.dtype, module.param_dtype)
+def _check_input(call: Call) -> None:
+    """Raises UnreadableError for a layer, or an input, that no memory can be read into."""
+    module, x = call.module, call.x
+    refusal = f"read matches {call.path!r}, but "
     if isinstance(module, nn.Conv | nn.ConvTranspose):
-        kernel = module.kernel_size
-        if isinstance(kernel, int) or len(kernel) != 2 or x.ndim != 4:
-            raise UsageError(f"{refusal}only convolutions over images (B, H, W, C) can read")
-        if m.ndim != 4:
-            raise UsageError(
-                f"{refusal}a convolution reads a memory of shape (R, K, D), not {m.shape[1:]}"
+        axes = 1 if isinstance(module.kernel_size, int) else len(module.kernel_size)
+        if x.ndim != axes + 2:
+            raise UnreadableError(
+                f"{refusal}a convolution over {axes} axes reads only into inputs of {axes + 2},"
+                f" (B, ..., C), not {x.shape}"
             )
         if module.mask is not None:
-            raise UsageError(f"{refusal}its mask says nothing about the memory's channels")
-        check_batch(m, x, path)
-        return fit(m, x.shape[1], x.shape[2]).astype(dtype)
-    if isinstance(module, nn.DenseGeneral) and (
+            raise UnreadableError(f"{refusal}its mask says nothing about the memory's channels")
+    elif isinstance(module, nn.DenseGeneral) and (
         module.axis not in (-1, (-1,)) or tuple(module.batch_dims)
     ):
-        raise UsageError(f"{refusal}an nn.DenseGeneral can read only over its last axis")
+        raise UnreadableError(f"{refusal}an nn.DenseGeneral can read only over its last axis")
     if x.ndim < 2:
-        raise UsageError(f"{refusal}its input has no batch axis: {x.shape}")
-    check_batch(m, x, path)
-    if m.ndim == 4:
-        m = m.mean(axis=(1, 2))
-    positions = m.shape[1:-1]
-    if positions and x.shape[1:-1][:1] != positions:
+        raise UnreadableError(f"{refusal}its input has no batch axis: {x.shape}")
+
+
+def _as_input(call: Call, m: jax.Array, form: Form) -> jax.Array:
+    """Returns the memory in the form in which a layer reads it.
+
+    For convolutions (1 or B, H, W, channels), see `fit` and `resize`; for dense layers
+    (1 or B, 1, ..., D), of a convolutional memory the mean over its positions, and of one with a
+    memory for each of T positions (B, T, 1, ..., D). In the dtype in which the layer computes.
+    """
+    module, x = call.module, call.x
+    dtype = computed_dtype(x, module.dtype, module.param_dtype)
+    of_positions = m.ndim - 2 > form.axes
+    if of_positions and x.shape[1:-1][:1] != m.shape[1:2]:
         raise UsageError(
-            f"{refusal}the memory has one content for each of {positions[0]} positions, and its"
-            f" input {x.shape} has not as many: read where inputs are (B, T, ...)"
+            f"read matches {call.path!r}, but the memory has one content for each of {m.shape[1]}"
+            f" positions, and its input {x.shape} has not as many: read where inputs are"
+            " (B, T, ...)"
         )
+    if isinstance(module, nn.Conv | nn.ConvTranspose):
+        if of_positions and x.ndim == 3:
+            return m.astype(dtype)
+        if form.axes == 0:
+            raise UnreadableError(
+                f"read matches {call.path!r}, but a convolution reads a memory of shape (R, K, D),"
+                f" not {m.shape[1:]}"
+            )
+        fitted = resize if form.fit == "resize" else fit
+        return fitted(m, *x.shape[1:-1]).astype(dtype)
+    if not of_positions and m.ndim > 2:
+        m = m.mean(axis=tuple(range(1, m.ndim - 1)))
     ones = (1,) * (x.ndim - m.ndim)
-    return m.reshape(m.shape[0], *positions, *ones, m.shape[-1]).astype(dtype)
+    return m.reshape(*m.shape[:-1], *ones, m.shape[-1]).astype(dtype)
 
 
 def check_batch(m: jax.Array, x: jax.Array, path: str) -> None:
@@ -265,7 +339,6 @@ def _read_layer(module: nn.Module, zero_init: bool, scope: Scope) -> nn.Module:
         changes["kernel_init"] = functools.partial(_zeros_like, module.kernel_init)
     if isinstance(module, nn.Conv):
         changes["feature_group_count"] = 1
-    # Its scope is taken after the module's call, so the module's own initial values stay.
     return _plain(module, scope, **changes)
 
 
@@ -284,7 +357,8 @@ def _of_one_map_size(call: Call, m: jax.Array) -> Iterator[None]:
         raise UsageError(
             f"read matches {call.path!r}, whose kernel does not fit an input of {size} with"
             f" {m.shape[-1]} channels of memory: how many channels a memory has depends on the"
-            " map's size, so a layer can read at one size only, that of its initialisation"
+            " map's size, so a layer can read at one size only, that of its initialisation; with"
+            " fit 'resize' it has as many at every size"
         ) from error
 
 
@@ -293,7 +367,7 @@ def warn_of_keys(module: nn.Module, path: str, mode: str) -> None:
     attention = module.parent
     if (
         module.name == "key"
-        and mode != "scale"
+        and mode in ("concat", "add")
         and isinstance(attention, nn.MultiHeadDotProductAttention)
         and attention.attention_fn is nn.dot_product_attention
         and not getattr(attention, "normalize_qk", False)
@@ -306,7 +380,7 @@ def warn_of_keys(module: nn.Module, path: str, mode: str) -> None:
         )
 
 
-def record(module: nn.Module, share: jax.Array, own: jax.Array, name: str = "memory_use") -> None:
+def record(module: nn.Module, share: jax.Array, own: jax.Array, name: str) -> None:
     """Records L2 norms per example, averaged over the batch, in `intermediates`."""
 
     # A share that is the same for all examples, or all positions, counts in each of them.

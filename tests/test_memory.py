@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from aim_flax import Memory, MemoryUpdate, fit
-from aim_flax.memory import average_pool_to, check_memory, distinct_values, pair
+from aim_flax.memory import check_memory, distinct_values, kernel_of, resize
+from aim_flax.updates import average_pool_to
 from tests.arrays import KEY, count, draw, random_variables
 from tests.asserts import assert_close, assert_equal, refused
 from tests.networks import weights_of
@@ -48,6 +49,40 @@ def test_fit_keeps_every_float_once_whatever_the_sizes():
             # In the same order, too: with padding dropped, a fitted memory is the memory.
             np.testing.assert_array_equal(example[example != 0], original.ravel())
     assert kinds == {"exact", "remainder", "square", "thin"}
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_fit_keeps_every_float_once_with_any_number_of_axes(axes):
+    rng = np.random.default_rng(axes)
+    for _ in range(30):
+        shape = tuple(int(n) for n in rng.integers(1, 4, axes + 1))
+        size = tuple(int(n) for n in rng.integers(1, 7 if axes == 3 else 60, axes))
+        m = counting_memory(shape, 2)
+        out = np.asarray(fit(m, *size))
+        assert out.shape[:-1] == (2, *size)
+        for example, original in zip(out, m, strict=True):
+            np.testing.assert_array_equal(example[example != 0], original.ravel())
+    # 7 floats on 3 x 3 x 4: a cube of 8 in the middle, with the zero behind.
+    cube = np.asarray(fit(counting_memory((1, 1, 1, 7)), 3, 3, 4))[0, ..., 0]
+    assert cube[:2, :2, 1:3].ravel().tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
+    assert np.asarray(fit(counting_memory((3, 1)), 6))[0, :, 0].tolist() == [0, 1, 2, 3, 0, 0]
+
+
+def test_a_resized_memory_keeps_places():
+    m = draw(2, 3, 2, 4)
+    assert_close(resize(m, 3, 2), m)
+    tall = np.asarray(resize(m, 6, 2))
+    assert tall.shape == (2, 6, 2, 4)
+    # Rows of the map lie at 1/4, 3/4, ... of the memory's rows.
+    assert_close(tall[:, 0], m[:, 0])
+    assert_close(tall[:, 1], 0.75 * m[:, 0] + 0.25 * m[:, 1])
+    assert_close(tall[:, 2], 0.25 * m[:, 0] + 0.75 * m[:, 1])
+    assert_close(resize(m, 1, 1).mean(), m.mean(), 0.1)
+    assert resize(draw(1, 3, 2), 7).shape == (1, 7, 2)
+    assert resize(draw(1, 2, 2, 2, 3), 4, 3, 5).shape == (1, 4, 3, 5, 3)
+    assert resize(jnp.asarray(m, jnp.bfloat16), 5, 5).dtype == jnp.bfloat16
+    with refused(r"fit 'resize' takes .* spatial axes of the map, 1, but this one is \(3, 2, 4\)"):
+        resize(m, 6)
 
 
 def test_fit_of_a_memory_that_the_map_divides():
@@ -105,7 +140,10 @@ def test_fit_keeps_the_dtype_and_the_examples_apart(dtype, size):
         ("conv", (7, 7, 1024), 1, 1024 * 1024 + 1024),  # published: 1,049,600
         ("conv", (7, 7, 64), 7, 7 * 7 * 64 * 64 + 64),  # the author's suggestion, R x K
         ("conv", (3, 5, 8), (3, 5), 3 * 5 * 8 * 8 + 8),
+        ("conv", (5, 8), 3, 3 * 8 * 8 + 8),
+        ("conv", (2, 3, 4, 8), (1, 3, 2), 6 * 8 * 8 + 8),
         ("dense", (16,), 1, 16 * 16 + 16),
+        ("dense", (5, 16), 1, 5 * (16 * 16 + 16)),
         ("direct", (7, 7, 1024), 1, 50176),
         ("direct", (16,), 1, 16),
         ("noise", (7, 7, 8), 1, 0),
@@ -183,15 +221,19 @@ def test_distinct_values_of_the_published_memory_and_of_the_other_kinds():
 @pytest.mark.parametrize(
     ("shape", "kind", "message"),
     [
-        ((7, 7), "conv", r"a conv memory has shape \(R, K, D\), each at least 1, not \(7, 7\)"),
+        ((7,), "conv", r"a conv memory has shape \(R, K, D\), .*, each at least 1, not \(7,\)"),
         ((0, 7, 8), "conv", r"not \(0, 7, 8\)"),
-        ((7, 0, 8), "direct", r"has shape \(D,\) or \(R, K, D\), each at least 1, not \(7, 0, 8\)"),
+        (
+            (7, 0, 8),
+            "direct",
+            r"has shape \(D,\), \(R, K, D\), .*, each at least 1, not \(7, 0, 8\)",
+        ),
         ((7, 7, -1), "conv", r"not \(7, 7, -1\)"),
         ((7, 7, 8.0), "conv", r"not \(7, 7, 8.0\)"),
         (7, "conv", r"not \(7,\)"),
         (None, "conv", r"not \(None,\)"),
         ((), "direct", r"not \(\)"),
-        ((7, 7, 8), "dense", r"a dense memory has shape \(D,\), each at least 1, not \(7, 7, 8\)"),
+        ((7, 7, 8), "dense", r"a dense memory has shape \(D,\) or \(S, D\), each at least 1, not"),
         ((0,), "dense", r"not \(0,\)"),
         (
             (7,),
@@ -210,7 +252,7 @@ def test_bad_shapes_and_kinds_are_told_in_one_line(shape, kind, message):
 def test_bad_kernel_sizes_are_told_in_one_line(size):
     image, m = jnp.ones((1, 4, 4, 2)), jnp.ones((1, 2, 2, 3))
     for use in (
-        lambda: pair(size),
+        lambda: kernel_of(size),
         lambda: distinct_values((2, 2, 3), "conv", size),
         lambda: Memory((2, 2, 3), "conv", size).init(KEY),
         lambda: MemoryUpdate(kernel_size=size).init(KEY, image, m),
@@ -228,12 +270,15 @@ def test_bad_kernel_sizes_are_told_in_one_line(size):
         ((3, 2, 1, 5), (1, 4, 3, 2), (3, 4, 3, 2)),  # a map smaller than the memory
         ((3, 6), (1, 4), (3, 4)),
         ((3, 6), (3, 4), (3, 4)),
+        ((3, 9, 5), (1, 4, 2), (3, 4, 2)),
+        ((3, 4, 6, 2, 5), (1, 2, 3, 4, 2), (3, 2, 3, 4, 2)),
         ((3, 7, 6), (1, 4), (3, 4)),
         ((3, 8, 8, 6), (1, 4), (3, 4)),
     ],
 )
 def test_update_gives_every_example_a_memory_of_the_same_size(x, m, new):
-    update = partial(MemoryUpdate().init_with_output, KEY)
+    pool = "mean" if len(m) < 4 and len(x) > 2 else None
+    update = partial(MemoryUpdate(pool=pool).init_with_output, KEY)
     output, _ = jax.eval_shape(update, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in (x, m)))
     assert output.shape == new
     assert output.dtype == jnp.float32
@@ -276,7 +321,7 @@ def last_layer(variables, h):
 @pytest.mark.parametrize("train", [False, True])
 def test_dense_update_is_what_the_formula_says(train):
     x, m = draw(6, 3, 5), np.float32([[0.3, -1.0]])
-    update = MemoryUpdate()
+    update = MemoryUpdate(pool="mean")
     variables = random_variables(update, x, m)
     new, after = update.apply(variables, x, m, train=train, mutable=["batch_stats"])
     # Axes between batch and features are averaged; the memory is the same for all examples.

@@ -16,8 +16,9 @@ import numpy as np
 from flax import linen as nn
 
 from aim_flax.errors import UsageError, check_choice
-from aim_flax.latch import AiM, Alteration, compile_patterns
+from aim_flax.latch import AiM, Alteration, trace_init
 from aim_flax.memory import fixed_key
+from aim_flax.patterns import compile_patterns
 
 
 def _noise(m: jax.Array, weights: jax.Array, batch_size: int, path: str) -> jax.Array:
@@ -39,7 +40,7 @@ READ_KINDS = tuple(_ALTERATIONS)
 KINDS = (*READ_KINDS, "no_write")
 
 
-def intervene(model: nn.Module, kind: str, at: str = ".*") -> AiM:
+def intervene(model: nn.Module, kind: str, at: str = ".*", memory: str | None = None) -> AiM:
     """Returns a network with the same variables that computes with an altered memory.
 
     Only what layers read is altered. Update blocks, and so all later memories, still start from the
@@ -62,13 +63,17 @@ def intervene(model: nn.Module, kind: str, at: str = ".*") -> AiM:
         A batch is that of one device, including the rows that only fill it up.
       at: a regular expression that must match the whole path of a reading layer, or with
         "no_write" of a module with an update block; `layers` lists both.
+      memory: the name of the memory that is altered, where there are several; None: the outermost.
 
     Raises:
-      UsageError: a network without memory, an unknown kind, or a bad `at`; when the network is
-        applied, an `at` that matches nothing, or train=True.
+      UsageError: a network without memory, or without that one, an unknown kind, or a bad `at`;
+        when the network is applied, an `at` that matches nothing, or train=True.
     """
     if not isinstance(model, AiM):
         raise UsageError(f"there is no memory to alter: the network is a {type(model).__name__}")
+    if memory not in (None, model.called):
+        check_choice("the memory", memory, [aim.called for aim in model.chain])
+        return model.clone(backbone=intervene(model.backbone, kind, at, memory))
     check_choice("the intervention", kind, KINDS)
     if not compile_patterns(at):
         raise UsageError("at is empty, expected a regular expression that matches module paths")
@@ -80,15 +85,16 @@ def intervene(model: nn.Module, kind: str, at: str = ".*") -> AiM:
 def layers(model: AiM, *args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
     """Returns the paths of the layers that read and of the modules with an update block.
 
-    Both in the order of their first call.
+    Both in the order of their first call, and of the outermost memory where there are several;
+    `model.backbone` has those of the next.
 
     Args:
       *args, **kwargs: what the network is called with; arrays may be given as their shapes and
         dtypes. Nothing is computed.
     """
-    called: dict[tuple[str, str], None] = {}
-    _trace(model.clone(watch=lambda what, path: called.setdefault((what, path))), args, kwargs)
-    return tuple([path for kind, path in called if kind == what] for what in ("read", "update"))
+    names = (model.called, f"{model.called}_initial")
+    found = [place for place in model.places(*args, **kwargs) if place.memory in names]
+    return tuple([p.path for p in found if p.what == what] for what in ("read", "update"))
 
 
 def matching(model: nn.Module, at: str, *args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
@@ -121,21 +127,8 @@ def reads_per_example(model: AiM, *args: Any, **kwargs: Any) -> set[str]:
             found.add(path)
         return m
 
-    _trace(_altering(model, look), args, kwargs)
+    trace_init(_altering(model, look), args, kwargs)
     return found
-
-
-def _trace(model: AiM, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Initialises a network abstractly; only the arrays among its arguments are traced."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-
-    def init(*arrays: jax.Array) -> Any:
-        left = iter(arrays)
-        given = [next(left) if hasattr(leaf, "shape") else leaf for leaf in leaves]
-        args, kwargs = jax.tree.unflatten(tree, given)
-        return model.init(jax.random.key(0), *args, **kwargs)
-
-    jax.eval_shape(init, *(leaf for leaf in leaves if hasattr(leaf, "shape")))
 
 
 @dataclasses.dataclass(frozen=True)

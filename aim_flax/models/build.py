@@ -1,6 +1,9 @@
 """From a config to the network it describes."""
 
 import dataclasses
+import importlib
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,16 +13,18 @@ from ml_collections import ConfigDict
 
 from aim_flax.errors import UsageError, check_choice, nearest
 from aim_flax.latch import AiM
-from aim_flax.memory import Memory, MemoryUpdate
+from aim_flax.memory import Memory
 from aim_flax.models.mlp import MLP
 from aim_flax.models.resnet import ResNet
 from aim_flax.models.vgg import VGG
+from aim_flax.modes import InMode
+from aim_flax.updates import MemoryUpdate
 
 MODELS = {"mlp": MLP, "resnet": ResNet, "vgg": VGG}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Fields that no config sets: Flax's own, what networks from elsewhere need, and those that
-# `intervene` sets.
-_NO_OPTIONS = {"parent", "name", "mode", "check_batch", "watch", "alter_read", "no_write"}
+# Fields that no config sets: Flax's own, and of a latch those for networks that call it themselves.
+_NO_OPTIONS = {"parent", "name"}
+_OF_CALLERS = {"mode", "check_batch", "called", "capture", "watch", "alter_read", "no_write"}
 
 
 def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
@@ -30,23 +35,28 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     (B, H, W, C).
 
     Args:
-      config: with `model` (a `name` of MODELS and that class's fields), `memory` (None, or the
+      config: with `model` (a `name`, of MODELS or "package.module:Class" for a Linen module from
+        anywhere, and that class's fields), `memory` (None, or the
         fields of `Memory` and `AiM`, those of `MemoryUpdate` under `update_block`, and
         `learning_rate_scale`, which is the optimiser's: see `build_optimizer`) and `dtype`.
       axis_name: the device axis over which training averages batch statistics and the carried
         memory; None on one device.
 
     Raises:
-      UsageError: an unknown name or field, with the nearest valid one.
+      UsageError: an unknown name or field, with the nearest valid one; a class that cannot be
+        imported, or does not compute in the `dtype` of the config.
     """
     check_choice("dtype", config.dtype, DTYPES)
     common = dict(axis_name=axis_name, dtype=DTYPES[config.dtype])
     fields = _values(config.model)
     name = fields.pop("name")
-    check_choice("model.name", name, MODELS)
-    backbone = _construct("model", MODELS[name], fields, **common)
+    network = network_class(name)
+    known = {key: value for key, value in common.items() if key in field_names(network)}
+    if "dtype" not in known and config.dtype != "float32":
+        raise UsageError(f"dtype is {config.dtype}, but {name} has no field dtype to be told so")
+    backbone = _construct("model", network, fields, **known)
     if config.memory is None:
-        return backbone
+        return backbone if name in MODELS else InMode(backbone)
     fields = _values(config.memory)
     fields.pop("learning_rate_scale", None)
     of_update = fields.pop("update_block", {})
@@ -54,6 +64,36 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     of_memory = {f: fields.pop(f) for f in ("shape", "kind", "kernel_size") if f in fields}
     memory = _construct("memory", Memory, of_memory)
     return _construct("memory", AiM, fields, backbone=backbone, memory=memory, update=update)
+
+
+def network_class(name: str) -> type[nn.Module]:
+    """Returns the class of a `model.name`; a package is looked for in the working directory, too.
+
+    Raises:
+      UsageError: no such class, or one that is no Linen module.
+    """
+    if ":" not in name:
+        check_choice("model.name (or package.module:Class)", name, MODELS)
+        return MODELS[name]
+    path, _, attribute = name.partition(":")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # As `python -m` does; a script's own folder stands in its place.
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise UsageError(f"model.name is {name!r}, but: {error}") from None
+    found = getattr(module, attribute, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        classes = [n for n, v in vars(module).items() if isinstance(v, type)]
+        raise UsageError(
+            f"model.name is {name!r}, but {path} has no Linen module"
+            f" {attribute!r}{nearest(attribute, classes)}"
+        )
+    return found
+
+
+def field_names(module: type[nn.Module]) -> set[str]:
+    return {field.name for field in dataclasses.fields(module)}
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,10 +110,15 @@ def _construct(
     group: str, module: type[nn.Module], options: dict[str, Any], **given: Any
 ) -> nn.Module:
     """Returns the module with the options of a group of the config, and the other fields given."""
-    valid = {field.name for field in dataclasses.fields(module)} - _NO_OPTIONS - given.keys()
+    valid = field_names(module) - _NO_OPTIONS - given.keys()
+    if module is AiM:
+        valid -= _OF_CALLERS
     for key in options:
         if key not in valid:
             raise UsageError(
                 f"{group}.{key} is no option of {module.__name__}{nearest(key, valid)}"
             )
-    return module(**options, **given)
+    try:
+        return module(**options, **given)
+    except TypeError as error:  # A field of a network from elsewhere that has no default.
+        raise UsageError(f"{group}: {error}") from None

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aim_flax import AiM, Memory, MemoryUpdate, fit
 from tests.arrays import KEY, draw, outputs_and_gradients, paths, random_variables
-from tests.asserts import assert_close
+from tests.asserts import assert_close, refused
 from tests.networks import WithSetup, weights_of
 
 CONVOLUTIONS: dict[str, Callable[..., nn.Module]] = {
@@ -302,3 +302,50 @@ def test_updates_and_carry_in_bfloat16_keep_float32_variables(mode):
         y, state = jax.eval_shape(apply, variables, x)
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves((variables, state))} == {jnp.dtype("float32")}
+
+
+class Pooled(nn.Module):
+    """Convolutions and a mean: for images of any size."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), name="conv1")(x)
+        x = nn.Conv(3, (3, 3), strides=2, name="conv2")(x)
+        return nn.Dense(2, name="head")(x.mean(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("mode", ["concat", "add"])
+def test_a_resized_memory_is_read_at_every_image_size_by_the_same_weights(mode):
+    aim = AiM(
+        Pooled(), Memory((2, 3, 4), "direct"), "conv2", "conv1",
+        read_mode=mode, fit="resize", update=MemoryUpdate((3,)),
+    )  # fmt: skip
+    variables = random_variables(aim, draw(2, 8, 8, 3))
+    params = variables["params"]
+    update = {name: variables[name]["conv1"]["memory_update"] for name in ("params", "batch_stats")}
+    for height, width in ((8, 8), (5, 12), (2, 2)):
+        x = draw(2, height, width, 3)
+        h = nn.Conv(4, (3, 3)).apply(
+            {"params": {n: params["conv1"][n] for n in ("kernel", "bias")}}, x
+        )
+        m = aim.update.apply(update, h, params["memory"]["content"][None], fitted="resize")
+        h = np.concatenate([h, jax.image.resize(m, (2, height, width, 4), "linear")], axis=-1)
+        layer = dict(params["conv2"])
+        if mode == "add":
+            halves = [layer["kernel"], layer.pop("memory_read")["kernel"]]
+            layer["kernel"] = np.concatenate(halves, axis=2)
+        h = nn.Conv(3, (3, 3), strides=2).apply({"params": layer}, h).mean(axis=(1, 2))
+        expected = h @ params["head"]["kernel"] + params["head"]["bias"]
+        assert_close(aim.apply(variables, x), expected)
+
+
+def test_a_read_at_another_image_size_names_the_way_out():
+    aim = AiM(Pooled(), Memory((2, 3, 4)), "conv2")
+    variables = aim.init(KEY, draw(2, 8, 8, 3))
+    with refused("'conv2', whose kernel does not fit an input of 2x2 .*; with fit 'resize' it has"):
+        aim.apply(variables, draw(2, 2, 2, 3))
+    resized = aim.clone(fit="resize", memory=Memory((2, 4), "conv"))
+    with refused(
+        r"fit 'resize' takes a memory with the spatial axes of the map, 2, but .* \(2, 4\)"
+    ):
+        resized.init(KEY, draw(2, 8, 8, 3))

@@ -43,7 +43,7 @@ def refuse(options, **told):
 
 
 CANNOT = "cannot read a memory; these can: nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral"
-ONLY_IMAGES = "only convolutions over images (B, H, W, C) can read"
+UNBATCHED = "a convolution over 2 axes reads only into inputs of 4, (B, ..., C), not (4, 4, 4)"
 ONLY_LAST_AXIS = "an nn.DenseGeneral can read only over its last axis"
 
 
@@ -55,8 +55,7 @@ ONLY_LAST_AXIS = "an nn.DenseGeneral can read only over its last axis"
         ("local", f"a ConvLocal {CANNOT}"),
         ("several_axes", ONLY_LAST_AXIS),
         ("batch_dims", ONLY_LAST_AXIS),
-        ("line", ONLY_IMAGES),
-        ("unbatched", ONLY_IMAGES),
+        ("unbatched", UNBATCHED),
         ("masked", "its mask says nothing about the memory's channels"),
         ("one_example", "its input has no batch axis: (4,)"),
     ],
@@ -90,16 +89,16 @@ FOLDED = "sees 32: the backbone folds something into its batch axis after the up
         ),
         (
             dict(update_after="pair"),
-            r"^update_after matches 'pair', whose output is a tuple: a memory of shape \(2, 2, 4\)"
-            r" is updated from an array \(B, H, W, C\)$",
+            "^update_after matches 'pair', whose output is a tuple: say which part of it is the"
+            r" array, such as update_after={'pair': 0} for the first$",
         ),
         (
             dict(update_after="line"),
-            r"output has shape \(2, 4, 4\): a memory of shape \(2, 2, 4\) is updated from",
+            r"'line': a memory of shape \(2, 2, 4\) is updated from an array \(B, H, W, C\), not",
         ),
         (
             dict(update_after="one_example", memory=Memory((6,), "dense")),
-            r"output has shape \(4,\): a memory of shape \(6,\) .* an array \(B, ..., C\)$",
+            r"memory of shape \(6,\) is updated from an array \(B, ..., C\), not \(4,\)$",
         ),
         (
             dict(read="late", update_after="conv"),
@@ -115,13 +114,14 @@ FOLDED = "sees 32: the backbone folds something into its batch axis after the up
         ),
         (
             dict(read_mode="adds"),
-            r"read_mode is 'adds', expected one of concat, add, scale \(did you mean 'add'\?\)$",
+            r"read_mode is 'adds', expected one of concat, .* \(did you mean 'add'\?\)$",
         ),
         (
             dict(carry="stat", update_after="conv"),
             r"carry is 'stat', expected one of weights, state \(did you mean 'state'\?\)$",
         ),
-        (dict(zero_init=True), "zero_init needs read_mode 'add' or 'scale': in 'concat' the mem"),
+        (dict(fit="stretch"), "fit is 'stretch', expected one of reshape, resize$"),
+        (dict(zero_init=True), "zero_init needs read_mode 'add', 'scale' or 'attend': in 'conca"),
         (dict(carry="state"), "carry 'state' needs update_after: nothing writes to this memory$"),
         (dict(carry_rate=0.0), r"carry_rate is 0.0, expected a number in"),
         (dict(carry_rate=1.5), r"carry_rate is 1.5, expected .* \(0, 1\]$"),
@@ -134,7 +134,7 @@ FOLDED = "sees 32: the backbone folds something into its batch axis after the up
             dict(update_after="conv", update=MemoryUpdate(mode="gate")),
             "the update block's mode is 'gate', expected one of replace, residual, gated .*'gated'",
         ),
-        (dict(memory=Memory((2, 2))), r"a conv memory has shape \(R, K, D\)"),
+        (dict(memory=Memory((2,))), r"a conv memory has shape \(R, K, D\)"),
     ],
 )
 def test_refusals_say_in_one_line_what_was_wrong(options, message):
