@@ -46,6 +46,8 @@ def check(tmp_path, monkeypatch, capsys):
     must be one that an earlier command makes."""
     photographs = write_folder(tmp_path / "photographs", train=6, val=3, test=3)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (network,) = re.findall(r"```python\n(# my_net\.py\n.*?)```", PAGES[0].read_text(), re.DOTALL)
+    (tmp_path / "my_net.py").write_text(network)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
 

@@ -110,7 +110,8 @@ def test_counts(arm):
 
 def test_table_names_backbone_memory_reads_and_updates(capsys):
     train_command.main(["--config", DIGITS, "--describe"])
-    rows = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[2:-3]]
+    table, places = capsys.readouterr().out.split("places, in the order of the calls:\n")
+    rows = [line.rsplit(maxsplit=2) for line in table.splitlines()[2:-3]]
     assert [(name, int(n.replace(",", ""))) for name, n, _ in rows] == [
         ("backbone", 85_002),
         ("memory", 4_160),
@@ -120,6 +121,13 @@ def test_table_names_backbone_memory_reads_and_updates(capsys):
         ("update layer1", 8_192),
         ("update layer2", 8_192),
         ("total", 138_954),
+    ]
+    assert places.splitlines() == [
+        "  layer1/dense  reads memory into 64",
+        "  layer1        writes memory from 256",
+        "  layer2/dense  reads memory into 256",
+        "  layer2        writes memory from 256",
+        "  head          reads memory into 256",
     ]
 
 

@@ -1,7 +1,7 @@
 """What a network consists of, without computing or allocating anything."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,12 +10,13 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from ml_collections import ConfigDict
 
+from aim_flax.latch import Place
 from aim_flax.memory import distinct_values
 from aim_flax.models.build import build_model
 
 
 def describe(config: ConfigDict) -> str:
-    """Returns the parameter table of a config's network, its memory, and its multiply-adds."""
+    """Returns the size of a config's network and its memory, and where that is read and written."""
     shape = (1, *config.data.image_shape)
     model = build_model(config)
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -40,7 +41,20 @@ def describe(config: ConfigDict) -> str:
         lines.append(f"memory floats: {floats:,}, of which {distinct:,} can differ")
     jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, image)
     lines.append(f"multiply-adds of one image's forward pass: {multiply_adds(jaxpr.jaxpr):,}")
+    if config.memory is not None:
+        lines += ["places, in the order of the calls:", *_places(model.places(image))]
     return "\n".join(lines)
+
+
+def _places(places: Sequence[Place]) -> list[str]:
+    """Returns a line for each read and update: the module, and what it reads or writes there."""
+    width = max((len(place.path) for place in places), default=0)
+    phrases = {"read": "reads {memory} into", "update": "writes {memory} from"}
+    return [
+        f"  {place.path:{width}}  {phrases[place.what].format(memory=place.memory)}"
+        f" {'x'.join(map(str, place.shape[1:]))}"
+        for place in places
+    ]
 
 
 def _table(variables: Mapping[str, Any], backbone: Mapping[str, Any]) -> list[tuple]:

@@ -6,7 +6,7 @@ not learned or hold nothing.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import jax
@@ -149,8 +149,21 @@ def _widths(config: ConfigDict) -> tuple[int, ...]:
         return tuple(model.features)
     if model.name == "vgg":
         return (*model.widths, *model.dense_sizes)
-    check_choice("model.name of a control as large as the memory's", model.name, WIDENED)
-    return stage_widths(model.width, model.stage_sizes)
+    if model.name == "resnet":
+        return stage_widths(model.width, model.stage_sizes)
+    widths = model.get(_own_field(model))
+    return tuple(widths) if isinstance(widths, Sequence) else (widths,)
+
+
+def _own_field(model: ConfigDict) -> str:
+    """Returns the field of a network from elsewhere that has its widths."""
+    fields = [field for field in ("features", "widths", "width") if model.get(field) is not None]
+    if len(fields) != 1:
+        raise UsageError(
+            f"{model.name} can be widened where its config has one of model.features, model.widths"
+            f" and model.width, a number or several; it has {', '.join(fields) or 'none'}"
+        )
+    return fields[0]
 
 
 def _set_widths(config: ConfigDict, widths: tuple[int, ...]) -> None:
@@ -161,11 +174,11 @@ def _set_widths(config: ConfigDict, widths: tuple[int, ...]) -> None:
         elif model.name == "vgg":
             stages = len(model.stage_sizes)
             model.widths, model.dense_sizes = widths[:stages], widths[stages:]
-        else:
+        elif model.name == "resnet":
             model.width = widths
-
-
-WIDENED = ("mlp", "vgg", "resnet")
+        else:
+            field = _own_field(model)
+            model[field] = widths if isinstance(model[field], Sequence) else widths[0]
 
 
 def _memory(**values: float | str) -> Callable[[ConfigDict], None]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from aim_flax.config import flatten
@@ -20,7 +21,7 @@ from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
 from aim_flax.evaluate.memory_use import memory_use
-from aim_flax.models.build import build_model
+from aim_flax.models.build import build_model, field_names, network_class
 from aim_flax.train.optimizer import build_optimizer, build_schedule
 from aim_flax.train.step import TrainState, create_state, train_step
 
@@ -69,6 +70,7 @@ class Experiment:
         self.model = build_model(config, axis_name=AXIS)
         # Finds a memory that doesn't fit the network before images are read, or files written.
         self.abstract_state = abstract_state(config, self.model)
+        self._check_statistics()
         self.dataset = decode_if_small(dataset, config)
         examples = self.dataset.sizes["train"]
         if batch_size > examples:
@@ -88,6 +90,18 @@ class Experiment:
         most = self.train_batches.steps_per_call or config.train.steps_per_call
         self.steps_per_call = min(config.train.steps_per_call, most)
         self._programs: dict[tuple, Callable] = {}
+
+    def _check_statistics(self) -> None:
+        """Raises UsageError where devices would keep running statistics of their own images."""
+        name = self.config.model.name
+        if self.devices.count == 1 or "axis_name" in field_names(network_class(name)):
+            return
+        statistics = flatten_dict(self.abstract_state.model_state.get("batch_stats", {}))
+        if any("memory_update" not in path for path in statistics):
+            raise UsageError(
+                f"{name} has batch statistics but no field axis_name, over which they would be"
+                f" averaged on {self.devices.count} devices: give it one, or use --devices 1"
+            )
 
     def with_seed(self, seed: int) -> "Experiment":
         """Returns the same experiment with another seed; both share their compiled programs."""
