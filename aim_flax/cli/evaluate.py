@@ -34,9 +34,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--per-layer", action="store_true", help="with --memory all: alter each layer alone, too"
     )
+    parser.add_argument(
+        "--memory-pictures",
+        action="store_true",
+        help="draw what is in the memory: its learned content, what single images write, and how"
+        " far that differs between classes",
+    )
     args, assignments = parse_with_overrides(parser, argv)
     if args.at is not None and args.memory == "keep":
         parser.error("--at says where the memory is altered: give --memory, other than keep")
+    if args.memory_pictures and (args.memory != "keep" or args.per_layer):
+        parser.error("--memory-pictures draws the memory as it is: leave out --memory")
     if args.per_layer and args.memory != "all":
         parser.error("--per-layer goes with --memory all")
     for assignment in assignments:
@@ -45,13 +53,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def work() -> None:
         from aim_flax import devices
-        from aim_flax.train.evaluate_run import evaluate_interventions, evaluate_run
+        from aim_flax.train.evaluate_run import (
+            evaluate_interventions,
+            evaluate_run,
+            picture_memory,
+        )
 
         if warning := devices.warning():
             print(warning, file=sys.stderr)
         at = ".*" if args.at is None else args.at
         common = (args.workdir, args.checkpoint, args.split, args.devices, assignments)
-        if args.memory == "all":
+        if args.memory_pictures:
+            picture_memory(*common)
+        elif args.memory == "all":
             evaluate_interventions(*common, at, args.per_layer)
         else:
             evaluate_run(*common, args.memory, at)

@@ -18,6 +18,7 @@ from aim_flax.data.load import load_dataset
 from aim_flax.devices import Devices
 from aim_flax.errors import UsageError
 from aim_flax.evaluate import effects, report
+from aim_flax.evaluate import memory_pictures as pictures
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
 from aim_flax.evaluate.interventions import Choosable, intervene, layers
 from aim_flax.train.restore import Restored, restore_run
@@ -163,6 +164,32 @@ def evaluate_interventions(
     print(f"{_heading(workdir, opened, measured.keep)}, with altered memory{where}:\n")
     print(report.effects_table(measured))
     return measured
+
+
+def picture_memory(
+    workdir: str | Path,
+    checkpoint: str | int = "best",
+    split: str = "test",
+    device_count: int | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Draws what is in the memory of a run's network.
+
+    Writes `memory_learned.png` and, if the network writes, `memory_written_<split>.png`, what
+    single images write, and `memory_classes_<split>.png` and `.json`, how far the memories of
+    classes are apart: see `evaluate.memory_pictures`. Arguments and errors are those of
+    `evaluate_run`; a network without memory is a UsageError.
+    """
+    workdir = Path(workdir)
+    restored = restore_run(workdir, checkpoint)
+    if restored.config.memory is None:
+        raise UsageError(f"{workdir} has no memory to draw: its network is plain")
+    opened = _open(restored, split, device_count, overrides)
+    notebooks = pictures.collect(restored.model, opened.devices, opened.batches, opened.variables)
+    context = {"split": split, "checkpoint": checkpoint, "step": restored.step}
+    with _writing(workdir):
+        written = pictures.write(workdir, notebooks, opened.classes, context, opened.title)
+    print(f"{workdir}, step {restored.step}, {len(notebooks.labels)} images: {', '.join(written)}")
 
 
 def _images(config: ConfigDict) -> jax.ShapeDtypeStruct:

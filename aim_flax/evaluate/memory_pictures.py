@@ -1,0 +1,230 @@
+"""What is in a trained notebook, for people to look at.
+
+Three pictures: what was learned, what single images write beside it, and how far what is written
+differs between classes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from matplotlib.figure import Figure
+
+from aim_flax.data.dataset import EvalBatches
+from aim_flax.devices import AXIS, Devices
+from aim_flax.files import save_figure, write_json
+from aim_flax.latch import AiM
+
+MOST_IMAGES = 512
+MOST_CHANNELS = 16
+SHOWN_IMAGES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Notebooks:
+    """The memory of some images.
+
+    Attributes:
+      learned: {name: content at the start of a pass}, each (..., D), the same for all images.
+      images: (N, H, W, C) float32.
+      labels: (N,) int.
+      written: (N, ..., D), what the memory held after the last update, or None without updates.
+    """
+
+    learned: dict[str, np.ndarray]
+    images: np.ndarray
+    labels: np.ndarray
+    written: np.ndarray | None
+
+
+def collect(model: AiM, devices: Devices, batches: EvalBatches, variables: Any) -> Notebooks:
+    """Returns the memory of the first images of a split, at most MOST_IMAGES.
+
+    Args:
+      model: a latched network.
+      variables: replicated.
+    """
+    capturing = model.clone(capture=True)
+
+    def on_device(variables, data):
+        images, labels, counted, _ = batches.on_device(data)
+        updates: list[str] = []
+
+        def watch(place: Any) -> None:
+            if place.what == "update":
+                updates.append(place.path)
+
+        watching = capturing.clone(watch=watch)
+        _, seen = watching.apply(variables, images, train=False, mutable=["intermediates"])
+        flat = flatten_dict(seen["intermediates"], sep="/")
+        learned = {
+            name.removesuffix("_at_start"): values[0][0]
+            for name, values in flat.items()
+            if name.endswith("_at_start")
+        }
+        of_images = {"images": images, "labels": labels, "counted": counted}
+        if updates:
+            of_images["written"] = flat[f"{updates[-1]}/{model.called}_as_written"][-1]
+        return learned, jax.lax.all_gather(of_images, AXIS, tiled=True)
+
+    run = devices.map(on_device, sharded=(1,) if batches.sharded else ())
+    parts: list[dict[str, np.ndarray]] = []
+    for data in batches:
+        learned, part = devices.fetch(run(variables, data))
+        counted = part.pop("counted")
+        parts.append({name: array[counted] for name, array in part.items()})
+        if sum(len(part["labels"]) for part in parts) >= MOST_IMAGES:
+            break
+    whole = {n: np.concatenate([part[n] for part in parts])[:MOST_IMAGES] for n in parts[0]}
+    return Notebooks(learned, whole["images"], whole["labels"], whole.get("written"))
+
+
+def write(
+    folder: Path, notebooks: Notebooks, classes: Sequence[str], context: dict[str, Any], title: str
+) -> list[str]:
+    """Writes the pictures, and the numbers of the third as JSON; returns the names of the files.
+
+    Args:
+      context: of the evaluation, `split` among it, which comes first in the JSON file.
+      title: of the plots.
+    """
+    names = ["memory_learned.png"]
+    plot_learned(folder / names[0], notebooks.learned, title)
+    if notebooks.written is None:
+        return names
+    split = context["split"]
+    names += [f"memory_written_{split}.png", f"memory_classes_{split}.png"]
+    plot_written(folder / names[1], notebooks, classes, title)
+    distances = class_distances(notebooks.written, notebooks.labels, len(classes))
+    plot_classes(folder / names[2], distances, classes, title)
+    numbers = [[None if np.isnan(d) else float(d) for d in row] for row in distances]
+    images = len(notebooks.labels)
+    result = {**context, "images": images, "classes": list(classes), "distances": numbers}
+    names.append(f"memory_classes_{split}.json")
+    write_json(folder / names[3], result)
+    return names
+
+
+def class_distances(written: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Returns how far classes' mean memories are from each other, (classes, classes).
+
+    In units of what images of one class differ by: the root mean square distance of an image's
+    memory from its class's mean. 0: no difference. NaN where a class has no image.
+
+    Args:
+      written: (N, ...), the memory of each image.
+      labels: (N,) int.
+    """
+    flat = written.reshape(len(written), -1).astype(np.float64)
+    means = np.full((classes, flat.shape[1]), np.nan)
+    for label in np.unique(labels):
+        means[label] = flat[labels == label].mean(axis=0)
+    within = np.sqrt(((flat - means[labels]) ** 2).sum(axis=1).mean())
+    between = np.sqrt(((means[:, None] - means[None]) ** 2).sum(axis=-1))
+    return between / within if within > 0 else between
+
+
+def as_map(content: np.ndarray) -> np.ndarray:
+    """Returns a memory (..., D) as maps, (rows, columns, number of maps).
+
+    Of images' memories (R, K, D) a map for each channel; otherwise one map: of a vector, folded to
+    lines of nearly equal number and length, and of slots (S, D), or any others, a row for each.
+    """
+    if content.ndim == 3:
+        return content
+    if content.ndim == 1:
+        rows = next(n for n in range(math.isqrt(len(content)), 0, -1) if len(content) % n == 0)
+        content = content.reshape(rows, -1)
+    return content.reshape(-1, content.shape[-1])[..., None]
+
+
+def plot_learned(path: Path, learned: dict[str, np.ndarray], title: str) -> None:
+    """Plots the learned content of each memory: the channels that differ most between positions."""
+    rows = []
+    for name, content in learned.items():
+        maps = as_map(content)
+        order = np.argsort(-maps.std(axis=(0, 1)), kind="stable")[:MOST_CHANNELS]
+        same = maps.shape[-1] > 1 and np.allclose(maps, maps[:1, :1])
+        if same:  # A vector says all.
+            maps, order = as_map(maps[0, 0]), np.array([0])
+        rows.append((name, maps, order, same))
+    columns = max(len(order) for _, _, order, _ in rows)
+    size = (1.2 * columns + 3, 1.6 * len(rows) + 1)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (name, maps, order, same) in zip(axes, rows, strict=True):
+        most = float(np.abs(maps).max()) or 1.0
+        for axis in line:
+            axis.set_axis_off()
+        for axis, channel in zip(line, order, strict=False):
+            drawn = axis.imshow(maps[..., channel], cmap="RdBu_r", vmin=-most, vmax=most)
+            axis.set_title(f"channel {channel}" if len(order) > 1 else "", fontsize=7)
+        label = f"{name}, the same at every position" if same else name
+        figure.colorbar(drawn, ax=list(line), label=label)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def plot_written(path: Path, notebooks: Notebooks, classes: Sequence[str], title: str) -> None:
+    """Plots images; below each how it changed the memory, and what that has of its own.
+
+    The change from the learned memory, and the difference from what images write on average; over
+    channels the root of the mean square: where the image wrote much.
+    """
+    written = notebooks.written
+    shown = first_of_classes(notebooks.labels, SHOWN_IMAGES)
+    start = next(iter(notebooks.learned.values()))
+    rows = {"change": written[shown] - start, "own": written[shown] - written.mean(axis=0)}
+    figure = Figure(figsize=(1.6 * len(shown) + 1.5, 6), layout="constrained")
+    axes = figure.subplots(1 + len(rows), len(shown), squeeze=False)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    for axis, i in zip(axes[0], shown, strict=True):
+        axis.imshow(_visible(notebooks.images[i]), cmap="gray")
+        axis.set_title(classes[notebooks.labels[i]], fontsize=8)
+    for line, (what, contents) in zip(axes[1:], rows.items(), strict=True):
+        maps = [as_map(content) for content in contents]
+        signed = maps[0].shape[-1] == 1
+        maps = [m[..., 0] if signed else np.sqrt((m**2).mean(axis=-1)) for m in maps]
+        most = float(np.abs(maps).max()) or 1.0
+        low, colors = (-most, "RdBu_r") if signed else (0, "viridis")
+        for axis, drawn in zip(line, maps, strict=True):
+            image = axis.imshow(drawn, cmap=colors, vmin=low, vmax=most)
+        figure.colorbar(image, ax=list(line), label=what)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def plot_classes(path: Path, distances: np.ndarray, classes: Sequence[str], title: str) -> None:
+    """Plots the matrix of `class_distances`."""
+    size = min(max(4, 0.35 * len(classes) + 2), 24)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(distances, vmin=0, cmap="viridis")
+    figure.colorbar(image, label="distance of the classes' mean memories / spread within a class")
+    ticks = range(len(classes))
+    axis.set_xticks(ticks, classes, rotation=90, fontsize=min(9, 400 / len(classes)))
+    axis.set_yticks(ticks, classes, fontsize=min(9, 400 / len(classes)))
+    axis.set_title(title)
+    save_figure(figure, path)
+
+
+def first_of_classes(labels: np.ndarray, count: int) -> list[int]:
+    """Returns the first image of each class, then the second of each, and so on, `count` in all."""
+    order = np.argsort(labels, kind="stable")
+    nth = np.empty(len(labels), int)
+    _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    nth[order] = np.arange(len(labels)) - np.repeat(starts, sizes)
+    return sorted(range(len(labels)), key=lambda i: (nth[i], labels[i]))[:count]
+
+
+def _visible(image: np.ndarray) -> np.ndarray:
+    """Returns an image scaled to 0 and 1, of one or three channels."""
+    low, high = image.min(), image.max()
+    image = (image - low) / (high - low if high > low else 1)
+    return image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
