@@ -1,8 +1,10 @@
 """A run from its config to its summary: files, continuation, devices, failures."""
 
+import importlib.metadata
 import json
 import shutil
 import signal
+import subprocess
 import time
 
 import jax
@@ -24,6 +26,7 @@ from tests.processes import (
 )
 from tests.runs import (
     DIGITS,
+    ROOT,
     SMALL,
     assert_same_end,
     digits,
@@ -65,6 +68,16 @@ def test_run_leaves_its_files(finished):
         assert events.read_bytes().count(tag) == 3
     for name in ("history.png", "memory_use.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_from_a_checkout_names_its_commit(finished):
+    version = importlib.metadata.version("aim_flax")
+    if (ROOT / ".git").exists():
+        git = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+        version += "+" + subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    saved = read_json(finished / "code_version.json")["aim_flax"]
+    assert saved.removesuffix(".changed") == version
+    assert read_json(finished / "summary.json")["versions"]["aim_flax"] == saved
 
 
 def test_summary_is_true(finished):

@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 def _code_version() -> str:
     """Returns the package's version, and the git commit where it runs from a checkout."""
     version = importlib.metadata.version("aim_flax")
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return version
     git = ["git", "-C", str(root)]
