@@ -23,7 +23,7 @@ EXAMPLES, SHAPE, SHIFT, STEPS = 50_000, (32, 32, 3), 4, 50
 
 
 def compiled(split: Split, batch_size: int) -> Callable[[int], None]:
-    """Returns a function that computes so many batches by `TrainBatches`, in calls of 50 steps."""
+    """Returns a function of n: computes n batches by `TrainBatches`, in calls of 50 steps."""
     devices = Devices("pmap", 1)
     augmentation = {"shift": SHIFT, "flip_horizontal": True}
     batches = TrainBatches(split, devices, batch_size, 255.0, augmentation)

@@ -55,7 +55,7 @@ def check(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Experiment, "__init__", start)
     download = "tensorflow_datasets.core.DatasetBuilder.download_and_prepare"
     monkeypatch.setattr(download, lambda builder, **options: start(builder, None))
-    # Widening a network until it has so many parameters takes long.
+    # Widening a network until it has as many parameters takes long.
     monkeypatch.setattr(plan, "derive", lambda config, name: config)
     made = set()
 

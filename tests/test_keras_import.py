@@ -23,7 +23,7 @@ from tests.published import keras_weights as drawn_weights
 
 
 def keras_weights(classes=10, depth=32, channels=(1, 2, 8, 32)):
-    """Zeros in the published network's shapes, for a memory of so many channels in each stage."""
+    """Zeros in the published network's shapes, for a memory of this many channels in each stage."""
     weights = {}
     for layer, role, shape in GOLDEN["weights"]:
         shape = list(shape)

@@ -1,4 +1,4 @@
-"""Evaluation of a whole split, used alike in training and by eval.py."""
+"""Evaluation of a whole split, in training and in eval.py."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from aim_flax.devices import AXIS, Devices
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a network made of a split.
+    """A network's results on a split.
 
     Attributes:
       loss: mean cross-entropy.

@@ -1,4 +1,4 @@
-"""From a config to the network it describes."""
+"""Builds the network that a config describes."""
 
 import dataclasses
 from collections.abc import Mapping

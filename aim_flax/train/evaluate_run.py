@@ -1,4 +1,4 @@
-"""The evaluation of a run's checkpoint, from its workdir alone: what eval.py does."""
+"""Evaluates a checkpoint of a run from its workdir alone: the work of eval.py."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,8 @@ class _Opened:
     variables: dict[str, Any]
 
     def build(self, model: nn.Module | Choosable) -> Callable[[dict[str, Any]], Evaluation]:
-        """Returns what evaluates a network on given variables beside the checkpoint's."""
+        """Returns a function that evaluates a network with given variables added to the
+        checkpoint's."""
         evaluate = build_evaluate(model, self.devices, self.batches, len(self.classes))
         return lambda variables: evaluate({**self.variables, **self.devices.replicate(variables)})
 
@@ -76,8 +77,7 @@ def evaluate_run(
       workdir, checkpoint: as for `restore_run`.
       split: "train", "val" or "test".
       device_count: how many devices to use; None for all.
-      overrides: "key=value" of the config, as `config.override` takes them, for what concerns the
-        data or the evaluation.
+      overrides: "key=value" for the config's groups data and eval, as for `config.override`.
       memory, at: how and where the memory is altered, see `interventions.intervene`.
 
     Raises:
@@ -89,7 +89,7 @@ def evaluate_run(
     where = "everywhere" if at == ".*" else f"at {at!r}"
     if memory != "keep":
         model = intervene(model, memory, at)
-        layers(model, _images(restored.config))  # for its errors, before data are loaded
+        layers(model, _images(restored.config))  # raises before data are loaded
         altered, suffix = f", with altered memory ({memory} {where})", f"_{memory}"
     opened = _open(restored, split, device_count, overrides)
     evaluation = opened.build(model)({})
@@ -143,7 +143,7 @@ def evaluate_interventions(
     """
     workdir = Path(workdir)
     restored = restore_run(workdir, checkpoint)
-    # Before data are loaded, for its errors.
+    # Raises before data are loaded.
     plan = effects.plan(restored.model, _images(restored.config), at, per_layer)
     opened = _open(restored, split, device_count, overrides)
     measured = effects.measure(plan, opened.build)
@@ -166,7 +166,7 @@ def evaluate_interventions(
 
 
 def _images(config: ConfigDict) -> jax.ShapeDtypeStruct:
-    """Returns the shape of several images, as interventions need them."""
+    """Returns the shape of two images: interventions need several."""
     return jax.ShapeDtypeStruct((2, *config.data.image_shape), np.float32)
 
 
