@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import NoReturn
 
 from rich.console import Console
@@ -44,12 +43,7 @@ class Reporter:
             self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._progress:
             self._progress.stop()
 

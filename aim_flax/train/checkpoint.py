@@ -6,9 +6,9 @@ import io
 import logging
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -95,7 +95,7 @@ class Checkpoints:
           UsageError: there is no checkpoint of that step, or it cannot be read.
         """
         if step not in self.steps:
-            self._raise_missing(step, self.steps)
+            raise UsageError(f"no checkpoint of step {step} in {self._directory}")
         like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
         trees = {"state": like, "best": variables_of(like)}
         items = {
@@ -191,10 +191,6 @@ class Checkpoints:
         if which == "best" or found.state is None:
             return found.best, found.progress["best_step"]
         return variables_of(found.state), found.step
-
-    def _raise_missing(self, step: str | int, there: Iterable[int]) -> NoReturn:
-        steps = ", ".join(map(str, sorted(there))) or "none"
-        raise UsageError(f"no checkpoint of step {step} in {self._directory}; there: {steps}")
 
     def wait(self) -> None:
         """Waits until what was saved is on disk."""

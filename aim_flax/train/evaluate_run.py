@@ -1,8 +1,7 @@
 """Evaluates a checkpoint of a run from its workdir alone: the work of eval.py."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ def evaluate_run(
         "classes": classes,
         "confusion": evaluation.confusion.tolist(),
     }
-    with _writing(workdir):
+    with files.writing(workdir):
         files.write_json(workdir / f"eval_{split}{suffix}.json", result)
         report.plot_confusion(
             workdir / f"confusion_{split}{suffix}.png",
@@ -156,7 +155,7 @@ def evaluate_interventions(
         "examples": measured.keep.count,
         "skipped": measured.keep.skipped,
     }
-    with _writing(workdir):
+    with files.writing(workdir):
         report.write_effects(
             workdir / f"interventions_{split}", measured, context, opened.title + where
         )
@@ -176,11 +175,3 @@ def _heading(workdir: Path, opened: _Opened, evaluation: Evaluation) -> str:
         f"{workdir}, step {opened.restored.step}, {opened.split} split, {evaluation.count}"
         f" images{left_out}"
     )
-
-
-@contextlib.contextmanager
-def _writing(workdir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"{workdir} is not writable: {error.strerror}") from None

@@ -86,15 +86,13 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     saved = workdir / "config.json"
     if jax.process_index() != 0:
         return
-    try:
+    with files.writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         # The config first: if this process is killed, the workdir is still this run's.
         if not saved.is_file():
             files.write_text(saved, to_json(config))
         if not (workdir / "code_version.json").is_file():
             files.write_json(workdir / "code_version.json", versions())
-    except OSError as error:
-        raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -114,12 +112,11 @@ def held(workdir: Path, wait: float = 0.0) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         busy = False
         if jax.process_index() == 0:
-            try:
-                stack.enter_context(FileLock(workdir / LOCK, timeout=wait))
-            except Timeout:
-                busy = True
-            except OSError as error:
-                raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
+            with files.writing(workdir):
+                try:
+                    stack.enter_context(FileLock(workdir / LOCK, timeout=wait))
+                except Timeout:
+                    busy = True
         if any_process(busy)[0]:
             raise BusyError(f"another process is at work in {workdir}")
         yield
