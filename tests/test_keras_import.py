@@ -285,10 +285,8 @@ def test_imported_weights_are_a_run_that_can_be_restored(tmp_path, capsys, publi
     restored = restore_run(workdir, "best")
     assert restored.step == 0
     assert restored.config.model.num_classes == 10
-    expected = variables_from_keras(drawn_weights(), shapes())
-    jax.tree.map(np.testing.assert_array_equal, restored.variables, expected)
     assert restored.config.memory.shape == [7, 7, 32]
-    assert_equal(restored.variables, variables_from_keras(drawn_weights()))
+    assert_equal(restored.variables, variables_from_keras(drawn_weights(), shapes()))
     assert "holds a run already" in fails(capsys, main, *command)
 
 

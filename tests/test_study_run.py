@@ -173,11 +173,14 @@ COMMAND = ("ablate.py", "--config", DIGITS, *SMALL_FLAGS, "--config.train.epochs
 @pytest.mark.slow
 def test_study_that_is_killed_again_and_again_gives_the_same_report(tmp_path):
     command = (*COMMAND, *flags("train.steps_per_call=5", "train.checkpoint_minutes=0.0"))
-    command += ("--arms", "aim_direct,control", "--seeds", "2", "--workdir")
+    command += ("--arms", "aim_direct,control", "--seeds", "2", "--workdir", "s")
+    # In a folder each, for the report shows the command with its workdir.
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    finish(start(*command, whole))
-    kill_again_and_again((*command, parts), kills=3, resumed=1, seconds=1)
-    assert_same_report(parts, whole)
+    whole.mkdir()
+    parts.mkdir()
+    finish(start(*command, folder=whole))
+    kill_again_and_again(command, kills=3, resumed=1, seconds=1, folder=parts)
+    assert_same_report(parts / "s", whole / "s")
 
 
 @pytest.mark.slow
