@@ -172,7 +172,7 @@ def test_distinct_values_is_the_number_of_different_floats():
 
 
 def test_distinct_values_of_the_published_memory_and_of_the_other_kinds():
-    assert distinct_values((7, 7, 1024), "conv", 1) == 1024
+    assert distinct_values((7, 7, 1024), "conv") == 1024
     assert distinct_values((7, 7, 1024), "conv", 7) == 50176
     assert distinct_values((16,), "dense") == 16
     assert distinct_values((7, 7, 1024), "direct") == 50176
