@@ -12,7 +12,7 @@ from aim_flax import config as configs
 from aim_flax.data.augment import OPTIONS
 from aim_flax.data.load import open_dataset
 from aim_flax.memory import MemoryUpdate
-from aim_flax.models.build import MODELS
+from aim_flax.models.build import MODELS, build_model
 from configs import base
 from tests.asserts import refused
 from tests.runs import DIGITS, ROOT, arms, from_before, load
@@ -175,6 +175,29 @@ def test_a_config_imports_the_base_beside_it_or_else_that_of_configs(tmp_path, m
 def test_what_digits_have_no_use_for_is_refused(assignment, message):
     with refused(message):
         open_dataset(load("digits_mlp:aim", [f"data.{assignment}"]))
+
+
+@pytest.mark.parametrize(
+    ("arm", "assignments", "key"),
+    [
+        ("digits_mlp:aim", ["memory.kernel_size=3"], "memory.kernel_size"),
+        (
+            "digits_mlp:aim",
+            ["memory.update_block.kernel_size=5"],
+            "memory.update_block.kernel_size",
+        ),
+        ("digits_mlp:aim", ["memory.kernel_size=3", "memory.kind=noise"], "memory.kernel_size"),
+        ("stanford_dogs_vgg16:aim", ["memory.kernel_size=3"], "memory.kernel_size"),
+    ],
+)
+def test_the_size_of_a_kernel_that_is_not_there_is_refused(arm, assignments, key):
+    with refused(rf"^{key} is \d, but .* (has|have) no "):
+        build_model(load(arm, assignments))
+
+
+def test_a_control_of_a_memory_with_a_kernel_keeps_its_size():
+    of_conv = load("stanford_dogs_resnet50:aim_kernel7", ["memory.kind=zero"])
+    assert build_model(of_conv).memory.kernel_size == 7
 
 
 @pytest.mark.parametrize(
