@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from aim_flax.cli import evaluate as evaluate_command
 from aim_flax.errors import DivergenceError
 from aim_flax.train import loop
 from aim_flax.train.experiment import Experiment
@@ -32,6 +33,7 @@ from tests.runs import (
     digits,
     first_steps,
     flags,
+    from_before,
     history,
     read_csv,
     read_json,
@@ -135,15 +137,27 @@ def test_other_config_is_refused_and_nothing_touched(finished):
     assert snapshot(finished) == before
 
 
-def test_keys_that_a_config_lacks_are_called_missing(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    saved = tmp_path / "run" / "config.json"
-    config = json.loads(saved.read_text())
-    del config["memory"]["learning_rate_scale"]
-    saved.write_text(json.dumps(config))
-    message = r"differs in memory.learning_rate_scale \(missing there, 1.0 here\)"
+def test_a_run_from_before_some_keys_were_there_goes_on(finished, tmp_path, capsys):
+    """It ends as without the break, can be evaluated, and is refused with other values of them."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    saved = from_before(restore_run(run).config)
+    assert saved["data"].keys() == {"name", "image_shape", "scale"}
+    assert "kernel_size" not in saved["memory"]
+    assert saved["augment"] is None
+    (run / "config.json").write_text(json.dumps(saved))
+    shutil.rmtree(run / "checkpoints" / str(restore_run(run, "latest").step))
+    (run / "summary.json").unlink()
+    changes = ("augment.shift=1", "optimizer.b1=0.5")
+    message = r"differs in augment.shift \(missing there, 1 here\), optimizer.b1 \(missing there,"
     with refused(message):
-        loop.run(digits("aim_state", "train.epochs=3"), tmp_path / "run", 1)
+        loop.run(digits("aim_state", "train.epochs=3", *changes), run, 1)
+    loop.run(digits("aim_state", "train.epochs=3"), run, 1, quiet=True)
+    assert_same_end(run, finished)
+    assert read_json(run / "config.json") == saved
+    evaluate_command.main(["--workdir", str(run), "--devices", "1"])
+    accuracy = read_json(run / "summary.json")["test_accuracy"]
+    assert f"accuracy {accuracy:.2%}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from aim_flax.errors import UsageError, check_choice, nearest
 from aim_flax.latch import AiM
-from aim_flax.memory import Memory, MemoryUpdate
+from aim_flax.memory import Memory, MemoryUpdate, check_memory
 from aim_flax.models.mlp import MLP
 from aim_flax.models.resnet import ResNet
 from aim_flax.models.vgg import VGG
@@ -36,7 +36,8 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
         memory; None on one device.
 
     Raises:
-      UsageError: an unknown name or field, with the nearest valid one.
+      UsageError: an unknown name or field, with the nearest valid one; the size of a kernel that
+        this memory doesn't have.
     """
     check_choice("dtype", config.dtype, DTYPES)
     common = dict(axis_name=axis_name, dtype=DTYPES[config.dtype])
@@ -52,6 +53,7 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     update = _construct("memory.update_block", MemoryUpdate, of_update, **common)
     of_memory = {f: fields.pop(f) for f in ("shape", "kind", "kernel_size") if f in fields}
     memory = _construct("memory", Memory, of_memory)
+    _check_kernels(memory, update)
     return _construct("memory", AiM, fields, backbone=backbone, memory=memory, update=update)
 
 
@@ -76,3 +78,19 @@ def _construct(
                 f"{group}.{key} is no option of {module.__name__}{nearest(key, valid)}"
             )
     return module(**options, **given)
+
+
+def _check_kernels(memory: Memory, update: MemoryUpdate) -> None:
+    """Raises UsageError if the size of a kernel is set that isn't there."""
+    dense = len(check_memory(memory.shape, memory.kind)) == 1
+    # Noise and zeros may stand in for a convolution with any kernel.
+    if memory.kernel_size != Memory.kernel_size and (dense or memory.kind == "direct"):
+        raise UsageError(
+            f"memory.kernel_size is {memory.kernel_size}, but a {memory.kind} memory of shape"
+            f" {memory.shape} has no kernel: leave it {Memory.kernel_size}"
+        )
+    if update.kernel_size != MemoryUpdate.kernel_size and dense:
+        raise UsageError(
+            f"memory.update_block.kernel_size is {update.kernel_size}, but updates of a memory of"
+            f" shape {memory.shape} have no convolution: leave it {MemoryUpdate.kernel_size}"
+        )

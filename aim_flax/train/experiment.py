@@ -79,11 +79,10 @@ class Experiment:
         self.total_steps = self.epoch_steps * config.train.epochs
         self.schedule = build_schedule(config, self.epoch_steps)
         self.optimizer = build_optimizer(config, self.schedule)
+        # None where nothing is to be done: then nothing is drawn or traced for it.
+        changes = {name: value for name, value in (config.augment or {}).items() if value}
         self.train_batches = self.dataset.train_batches(
-            self.devices,
-            batch_size,
-            config.data.scale,
-            config.augment and config.augment.to_dict(),
+            self.devices, batch_size, config.data.scale, changes or None
         )
         most = self.train_batches.steps_per_call or config.train.steps_per_call
         self.steps_per_call = min(config.train.steps_per_call, most)
