@@ -29,15 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--per-class", type=int, default=6, help="images of each on the sheet; default: %(default)s"
     )
-    parser.add_argument(
-        "--val-fraction", type=float, default=0.1, help="as data.val_fraction; default: %(default)s"
-    )
-    parser.add_argument(
-        "--test-fraction",
-        type=float,
-        default=0.2,
-        help="as data.test_fraction; default: %(default)s",
-    )
+    for split_name, default in (("val", 0.1), ("test", 0.2)):
+        meaning = f"as data.{split_name}_fraction; default: %(default)s"
+        parser.add_argument(f"--{split_name}-fraction", type=float, default=default, help=meaning)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: one per core")
     args = parser.parse_args(argv)
     if args.per_class < 1 or args.threads < 1:
