@@ -5,6 +5,7 @@ the same data, a mapped function takes its device's part by its index along the 
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -152,12 +153,13 @@ def computes_correctly() -> bool:
     return float(sums[-1]) == float((n - 1) ** 2)
 
 
-def warning() -> str | None:
-    """Returns a line that warns of a CPU backend with wrong results, or None."""
+def warn_of_wrong_results() -> None:
+    """Prints a line on standard error if this is a CPU backend with wrong results."""
     if jax.default_backend() != "cpu" or computes_correctly():
-        return None
-    return (
+        return
+    print(
         f"warning: jaxlib {jax.lib.__version__} computes wrong results on this CPU"
         " (github.com/jax-ml/jax/issues/39103): install the versions of constraints.txt, or set"
-        " XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce"
+        " XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce",
+        file=sys.stderr,
     )

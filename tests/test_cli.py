@@ -105,8 +105,8 @@ def test_scripts_run_from_anywhere(tmp_path):
 
 def test_lack_of_device_memory_is_told_in_one_line(capsys):
     """As XLA reports it, on CPU too."""
-    with pytest.raises(SystemExit) as end:
-        console.run_reporting_errors(jax.jit(lambda: jax.numpy.zeros(2**45, np.float32)))
+    with pytest.raises(SystemExit) as end, console.reporting_errors():
+        jax.jit(lambda: jax.numpy.zeros(2**45, np.float32))()
     assert end.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "RESOURCE_EXHAUSTED: Out of memory" in line

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from aim_flax.cli import evaluate as evaluate_command
+from aim_flax.data.digits import load_digits
+from aim_flax.devices import Devices
 from aim_flax.errors import DivergenceError
 from aim_flax.train import loop
 from aim_flax.train.experiment import Experiment
@@ -231,12 +233,9 @@ def test_calls_of_any_length_give_the_same_run(tmp_path, finished):
 
 
 def test_epochs_visit_each_example_at_most_once_in_an_order_of_their_own():
-    from aim_flax.data.order import epoch_order
-    from aim_flax.keys import data_key
-
+    batches = load_digits().train_batches(Devices("pmap", 1), 64, 16.0, None)
     orders = [
-        np.asarray(epoch_order(data_key(seed), epoch, 1257))
-        for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
+        np.asarray(batches.order(seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
     ]
     for order in orders:
         assert sorted(order) == list(range(1257))

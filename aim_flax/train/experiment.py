@@ -15,7 +15,6 @@ from aim_flax.config import flatten
 from aim_flax.data.augment import check_options
 from aim_flax.data.dataset import Dataset, EvalBatches
 from aim_flax.data.load import decode_if_small, open_dataset, with_classes
-from aim_flax.data.order import steps_per_epoch
 from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
@@ -75,15 +74,15 @@ class Experiment:
             raise UsageError(
                 f"train.batch_size is {batch_size}, but there are {examples} training examples"
             )
-        self.epoch_steps = steps_per_epoch(examples, batch_size)
-        self.total_steps = self.epoch_steps * config.train.epochs
-        self.schedule = build_schedule(config, self.epoch_steps)
-        self.optimizer = build_optimizer(config, self.schedule)
         # None where nothing is to be done: then nothing is drawn or traced for it.
         changes = {name: value for name, value in (config.augment or {}).items() if value}
         self.train_batches = self.dataset.train_batches(
             self.devices, batch_size, config.data.scale, changes or None
         )
+        self.epoch_steps = self.train_batches.epoch_steps
+        self.total_steps = self.epoch_steps * config.train.epochs
+        self.schedule = build_schedule(config, self.epoch_steps)
+        self.optimizer = build_optimizer(config, self.schedule)
         most = self.train_batches.steps_per_call or config.train.steps_per_call
         self.steps_per_call = min(config.train.steps_per_call, most)
         self._programs: dict[tuple, Callable] = {}
