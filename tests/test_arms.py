@@ -68,6 +68,7 @@ def first_losses(count: int, *changes: str) -> np.ndarray:
     return experiment.devices.fetch(metrics)["loss"]
 
 
+@pytest.mark.slow
 def test_augmentation_is_the_same_on_any_number_of_devices():
     changes = ("augment.rotation=0.1", "augment.translation=0.1", "augment.contrast=0.5")
     augmented = first_losses(1, *changes)

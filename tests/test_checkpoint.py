@@ -112,6 +112,7 @@ def test_any_file_cut_short_is_noticed_or_makes_no_difference(tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys):
     config = digits("aim_state", "train.epochs=3", "train.checkpoint_minutes=0.0")
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"

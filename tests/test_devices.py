@@ -54,6 +54,10 @@ def test_what_devices_hold_comes_back(kind, count):
     assert_equal(jax.tree.map(np.asarray, devices.local(there)), tree)
     # One process computes all of a batch.
     np.testing.assert_array_equal(devices.local_rows(24), np.arange(24))
+    batch = np.arange(24 * 6, dtype=np.float32).reshape(24, 3, 2)
+    parts = [np.asarray(part.data) for part in devices.shard(batch).addressable_shards]
+    assert {part.shape[-3:] for part in parts} == {(24 // count, 3, 2)}
+    assert_equal(np.concatenate([part.reshape(-1, 3, 2) for part in parts]), batch)
 
 
 def test_so_many_devices_are_there(monkeypatch):

@@ -326,6 +326,11 @@ def test_update_computes_in_its_dtype_and_keeps_float32_parameters():
         new, variables = jax.eval_shape(update.init_with_output, KEY, x, m)
     assert new.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    # Every layer is told, also where x is float32.
+    layers = partial(update.apply, capture_intermediates=True, mutable=["intermediates"])
+    with jax.numpy_dtype_promotion("standard"):
+        _, seen = jax.eval_shape(layers, variables, x.astype(jnp.float32), m)
+    assert {leaf.dtype for leaf in jax.tree.leaves(seen)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def adaptive(n, out):

@@ -273,6 +273,7 @@ def test_killed_while_results_are_written_trains_nothing_again(tmp_path, monkeyp
         assert a["val_loss"].tolist() == b["val_loss"].tolist()
 
 
+@pytest.mark.slow
 def test_one_by_one_is_the_single_run_and_goes_on(tmp_path):
     overrides = ("train.epochs=2", "train.steps_per_call=10")
     options = dict(overrides=overrides, seeds_per_program=1)
