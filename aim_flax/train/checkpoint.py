@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import logging
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -152,7 +152,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             for unused in later:
                 aside = self._directory / f"{_SET_ASIDE}{unused}"
-                shutil.rmtree(aside, ignore_errors=True)
+                for number in itertools.count(2):
+                    if not aside.exists():
+                        break
+                    aside = self._directory / f"{_SET_ASIDE}{unused}-{number}"
                 (self._directory / str(unused)).rename(aside)
         multihost_utils.sync_global_devices("after setting checkpoints aside")
         self._manager.reload()
