@@ -1,20 +1,27 @@
 """Experiment configs: loading FILE:ARM, overriding keys, saving and comparing.
 
 A config file defines `ARMS`, the names of its arms with the default first, and
-`get_config(arm)`, which returns a `ConfigDict`. Arms differ only in what they study.
+`get_config(arm)`, which returns a `ConfigDict`. Arms differ only in what they study. A file can say
+`from . import base`: that is the base.py beside it, or else configs/base.py.
 """
 
 import copy
 import importlib.util
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
 from aim_flax.errors import UsageError, nearest
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
+_numbers = itertools.count()
 
 
 def load(file_and_arm: str) -> ConfigDict:
@@ -24,16 +31,7 @@ def load(file_and_arm: str) -> ConfigDict:
       UsageError: no such file, a file that is no config, or an unknown arm.
     """
     file, _, arm = file_and_arm.partition(":")
-    if not Path(file).is_file():
-        near = Path(file).parent.glob("*.py") if Path(file).parent.is_dir() else ()
-        raise UsageError(f"config file {file!r} not found{nearest(file, map(str, near))}")
-    spec = importlib.util.spec_from_file_location(f"config_{Path(file).stem}", file)
-    if spec is None:
-        raise UsageError(f"{file!r} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not (hasattr(module, "ARMS") and hasattr(module, "get_config")):
-        raise UsageError(f"{file!r} is no config: it must define ARMS and get_config(arm)")
+    module = _run(file)
     arm = arm or module.ARMS[0]
     if arm not in module.ARMS:
         raise UsageError(
@@ -43,8 +41,38 @@ def load(file_and_arm: str) -> ConfigDict:
     return module.get_config(arm).lock()
 
 
+def arms(file: str) -> tuple[str, ...]:
+    """Returns the names of a config file's arms, the default first.
+
+    Raises:
+      UsageError: no such file, or a file that is no config.
+    """
+    return tuple(_run(file).ARMS)
+
+
+def _run(file: str) -> ModuleType:
+    """Returns a config file as a module."""
+    if not Path(file).is_file():
+        near = Path(file).parent.glob("*.py") if Path(file).parent.is_dir() else ()
+        raise UsageError(f"config file {file!r} not found{nearest(file, map(str, near))}")
+    # In a package of its own: each file imports the base of its own folder, as it is now.
+    package = ModuleType(f"aim_flax_config_{next(_numbers)}")
+    package.__path__ = [str(Path(file).absolute().parent), str(_CONFIGS)]
+    spec = importlib.util.spec_from_file_location(f"{package.__name__}.experiment", file)
+    if spec is None:
+        raise UsageError(f"{file!r} is no Python file")
+    sys.modules[package.__name__] = package
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not (hasattr(module, "ARMS") and hasattr(module, "get_config")):
+        raise UsageError(f"{file!r} is no config: it must define ARMS and get_config(arm)")
+    return module
+
+
 def override(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
     """Returns a copy with keys set by "key.path=value" strings, each to its own type.
+
+    "None" is None for a key that can be None: for one that the config file made by `placeholder`.
 
     Raises:
       UsageError: an unknown key, with the nearest valid one, or a value of another type.
@@ -61,6 +89,10 @@ def override(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
     config = copy.deepcopy(config)
     # Of a key that is set twice the last counts; the flag of a tuple would join them.
     last = {assignment.partition("=")[0]: assignment for assignment in assignments}
+    for key, assignment in list(last.items()):
+        if assignment == f"{key}=None" and _can_be_none(config, key):
+            config.update_from_flattened_dict({key: None})
+            del last[key]
     argv = ["config", *(f"--config.{assignment}" for assignment in last.values())]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -69,6 +101,13 @@ def override(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
     except (flags.Error, ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from None
     return config
+
+
+def _can_be_none(config: ConfigDict, key: str) -> bool:
+    *groups, name = key.split(".")
+    for group in groups:
+        config = config[group]
+    return isinstance(dict(config.items(preserve_field_references=True))[name], FieldReference)
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
@@ -82,12 +121,62 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+# What holds where a config lacks a key, as those of earlier runs do. It stays as it is, whatever
+# becomes of the values in configs/base.py: those runs were made with it.
+LEFT_OUT = flatten(
+    {
+        # Only digits lacked these, and they have no use for them.
+        "data": {
+            "dir": "",
+            "fit": "stretch",
+            "val_fraction": 0.1,
+            "test_fraction": 0.2,
+            "in_memory_mb": 1024.0,
+            "threads": 4,
+            "on_error": "stop",
+        },
+        "augment": {
+            "crop": 0.0,
+            "rotation": 0.0,
+            "translation": 0.0,
+            "shift": 0,
+            "flip_horizontal": False,
+            "flip_vertical": False,
+            "contrast": 0.0,
+        },
+        "model": {"momentum": 0.99, "epsilon": 1e-3},
+        "memory": {
+            "kernel_size": 1,
+            "fit": "reshape",
+            "update_block": {
+                "features": [16, 16, 32],
+                "kernel_size": 3,
+                "form": "published",
+                "mode": "replace",
+                "momentum": 0.99,
+                "epsilon": 1e-3,
+            },
+            "learning_rate_scale": 1.0,
+        },
+    }
+)
+
+
 def differing_keys(a: ConfigDict, b: ConfigDict) -> list[str]:
-    """Returns the dotted keys whose values differ, or that only one of the two has."""
-    flat_a, flat_b = (flatten(json.loads(to_json(c))) for c in (a, b))
-    absent = object()
-    keys: Iterable[str] = dict.fromkeys([*flat_a, *flat_b])
-    return [key for key in keys if flat_a.get(key, absent) != flat_b.get(key, absent)]
+    """Returns the dotted keys whose values differ, or that only one of the two has.
+
+    A key that is missing has its value of LEFT_OUT, or else None. An empty group counts as missing.
+    """
+    leaves_a, leaves_b = (_leaves(config) for config in (a, b))
+    values_a, values_b = (LEFT_OUT | leaves for leaves in (leaves_a, leaves_b))
+    keys = dict.fromkeys([*leaves_a, *leaves_b])
+    return [key for key in keys if values_a.get(key) != values_b.get(key)]
+
+
+def _leaves(config: ConfigDict) -> dict[str, Any]:
+    """Returns {dotted key: value} as JSON has the values, without what says nothing."""
+    leaves = flatten(json.loads(to_json(config)))
+    return {key: value for key, value in leaves.items() if value not in (None, {})}
 
 
 def to_json(config: ConfigDict) -> str:

@@ -1,12 +1,12 @@
 """What a run prints while it works: a progress bar on a terminal, plain lines elsewhere."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from rich.console import Console
@@ -44,12 +44,7 @@ class Reporter:
             self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._progress:
             self._progress.stop()
 
@@ -150,12 +145,13 @@ def parse_with_overrides(
     return args, assignments
 
 
-def run_reporting_errors(work: Callable[[], None]) -> None:
-    """Calls a command's work; what a user did wrong becomes one line and an exit status."""
+@contextlib.contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Makes one line and an exit status of what a user did wrong; for a block or a command."""
     # Orbax and absl log every step of every checkpoint, which nobody needs to see.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        work()
+        yield
     except UsageError as error:
         fail(str(error))
         sys.exit(2)

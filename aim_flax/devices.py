@@ -1,10 +1,11 @@
-"""Maps per-device functions over the devices of a run: the only place that knows how.
+"""Maps per-device functions over the devices of a run; no other module does.
 
 `pmap` and `shard_map` give equal results. State and results are replicated. Where all devices hold
 the same data, a mapped function takes its device's part by its index along the axis.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,8 +131,8 @@ def union_size(indices: set[int], count: int) -> int:
 def any_process(*flags: bool) -> list[bool]:
     """Returns, for each flag, whether any process has set it; every process must call this.
 
-    Saving and stopping take all processes, so they must decide alike, although each has its own
-    clock and signals.
+    Saving and stopping need all processes, so all must take the same decision, although each has
+    its own clock and signals.
     """
     if jax.process_count() == 1:
         return list(flags)
@@ -142,7 +143,7 @@ def any_process(*flags: bool) -> list[bool]:
 def computes_correctly() -> bool:
     """Returns whether a vmapped product followed by a reduction is right under jit.
 
-    jaxlib 0.10.2 gets it wrong on CPU without a word (github.com/jax-ml/jax/issues/39103).
+    jaxlib 0.10.2 silently gets it wrong on CPU (github.com/jax-ml/jax/issues/39103).
     """
     n = 32_769
     i = jnp.arange(n, dtype=jnp.float32)
@@ -152,12 +153,13 @@ def computes_correctly() -> bool:
     return float(sums[-1]) == float((n - 1) ** 2)
 
 
-def warning() -> str | None:
-    """Returns a line that warns of a CPU backend with wrong results, or None."""
+def warn_of_wrong_results() -> None:
+    """Prints a line on standard error if this is a CPU backend with wrong results."""
     if jax.default_backend() != "cpu" or computes_correctly():
-        return None
-    return (
+        return
+    print(
         f"warning: jaxlib {jax.lib.__version__} computes wrong results on this CPU"
         " (github.com/jax-ml/jax/issues/39103): install the versions of constraints.txt, or set"
-        " XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce"
+        " XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce",
+        file=sys.stderr,
     )

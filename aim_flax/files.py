@@ -21,6 +21,15 @@ def _replacing(path: Path) -> Iterator[Path]:
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns the errors of writing into a folder into a UsageError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{folder} is not writable: {error.strerror}") from None
+
+
 def write_text(path: Path, text: str) -> None:
     with _replacing(path) as temporary:
         temporary.write_text(text)

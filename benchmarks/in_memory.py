@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aim_flax.data.in_memory import Split, TrainBatches
+from aim_flax.data.in_memory import InMemory, Split
 from aim_flax.devices import Devices
 from aim_flax.files import write_csv
 
@@ -23,10 +23,11 @@ EXAMPLES, SHAPE, SHIFT, STEPS = 50_000, (32, 32, 3), 4, 50
 
 
 def compiled(split: Split, batch_size: int) -> Callable[[int], None]:
-    """Returns a function that computes so many batches by `TrainBatches`, in calls of 50 steps."""
+    """Returns a function of n: computes n batches by `TrainBatches`, in calls of 50 steps."""
     devices = Devices("pmap", 1)
     augmentation = {"shift": SHIFT, "flip_horizontal": True}
-    batches = TrainBatches(split, devices, batch_size, 255.0, augmentation)
+    data = InMemory((), {"train": split})
+    batches = data.train_batches(devices, batch_size, 255.0, augmentation)
 
     def on_device(data, seed, step):
         batch = batches.on_device(data, seed, step)

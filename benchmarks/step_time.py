@@ -21,7 +21,7 @@ import optax
 
 from aim_flax import build_model
 from aim_flax import config as configs
-from aim_flax.console import run_reporting_errors
+from aim_flax.console import reporting_errors
 from aim_flax.errors import UsageError
 from aim_flax.files import write_csv
 from aim_flax.train.optimizer import build_optimizer
@@ -114,6 +114,7 @@ def largest(name: str, config: configs.ConfigDict, rounds: int) -> Variant:
         fits, size = variant, 2 * size
 
 
+@reporting_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", default="configs/stanford_dogs_resnet50.py")
@@ -124,25 +125,21 @@ def main() -> None:
     parser.add_argument("--largest", action="store_true", help="the largest batch that fits")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-
-    def work() -> None:
-        if args.largest and jax.default_backend() == "cpu":
-            raise UsageError("--largest needs an accelerator: a CPU would start to swap")
-        chosen = variants(args)
-        if args.largest:
-            measured = [largest(name, config, args.rounds) for name, config in chosen.items()]
-        else:
-            measured = [Variant(name, config) for name, config in chosen.items()]
-            for _ in range(args.rounds):
-                for variant in measured:
-                    variant.measure()
-        rows = [variant.row(measured[0]) for variant in measured]
-        for row in rows:
-            print("  ".join(f"{key} {row[key]}" for key in COLUMNS))
-        if args.csv:
-            write_csv(args.csv, COLUMNS, rows)
-
-    run_reporting_errors(work)
+    if args.largest and jax.default_backend() == "cpu":
+        raise UsageError("--largest needs an accelerator: a CPU would start to swap")
+    chosen = variants(args)
+    if args.largest:
+        measured = [largest(name, config, args.rounds) for name, config in chosen.items()]
+    else:
+        measured = [Variant(name, config) for name, config in chosen.items()]
+        for _ in range(args.rounds):
+            for variant in measured:
+                variant.measure()
+    rows = [variant.row(measured[0]) for variant in measured]
+    for row in rows:
+        print("  ".join(f"{key} {row[key]}" for key in COLUMNS))
+    if args.csv:
+        write_csv(args.csv, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -81,10 +81,13 @@ def not_finite(step: int, seed: int = 0) -> Iterator[None]:
         yield
 
 
-def start(script: str, *arguments: str | Path, **environment: str) -> subprocess.Popen:
-    """Starts train.py or another script on one device."""
+def start(
+    script: str, *arguments: str | Path, folder: Path | None = None, **environment: str
+) -> subprocess.Popen:
+    """Starts train.py or another script on one device, in a folder (None: this process's)."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
+        cwd=folder,
         env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -109,7 +112,9 @@ def finish(*processes: subprocess.Popen) -> list[str]:
     return outputs
 
 
-def kill_again_and_again(command: tuple, kills: int, resumed: int, seconds: float) -> None:
+def kill_again_and_again(
+    command: tuple, kills: int, resumed: int, seconds: float, folder: Path | None = None
+) -> None:
     """Kills a command at random moments of its training until it was killed, and went on from a
     checkpoint, so often; then lets it come to its end."""
     rng = np.random.default_rng(0)
@@ -117,7 +122,7 @@ def kill_again_and_again(command: tuple, kills: int, resumed: int, seconds: floa
     for _ in range(12):
         if killed >= kills and gone_on >= resumed:
             break
-        process = start(*command)
+        process = start(*command, folder=folder)
         # Lines come once training is under way; then at a random moment, perhaps in a save.
         gone_on += any(line.startswith("resuming") for line in lines_until(process, "step"))
         timer = threading.Timer(rng.uniform(0, seconds), process.kill)
@@ -125,6 +130,6 @@ def kill_again_and_again(command: tuple, kills: int, resumed: int, seconds: floa
         process.communicate(timeout=300)
         timer.join()
         killed += process.returncode == -signal.SIGKILL
-    finish(start(*command))
+    finish(start(*command, folder=folder))
     assert killed >= kills
     assert gone_on >= resumed

@@ -2,7 +2,7 @@
 
 import csv
 import json
-import runpy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,14 +22,38 @@ TIMINGS = ("train_seconds", "examples_per_second", "data_wait_share")
 
 def arms() -> list[str]:
     """Returns file:arm for every arm of every config."""
-    files = sorted((ROOT / "configs").glob("*.py"))
-    return [f"{file.stem}:{arm}" for file in files for arm in runpy.run_path(str(file))["ARMS"]]
+    files = sorted(file for file in (ROOT / "configs").glob("*.py") if file.stem != "base")
+    return [f"{file.stem}:{arm}" for file in files for arm in configs.arms(str(file))]
 
 
 def load(name: str, assignments: Sequence[str] = ()) -> ConfigDict:
     """Returns the config of file:arm, with changes."""
     file, _, arm = name.partition(":")
     return configs.override(configs.load(f"{ROOT / 'configs' / file}.py:{arm}"), assignments)
+
+
+def from_before(config: ConfigDict) -> dict:
+    """Returns a config as it was saved before every config had every key."""
+    saved = json.loads(configs.to_json(config))
+    for key, value in configs.flatten(saved).items():
+        group, dot, name = key.rpartition(".")
+        lacking = group.startswith(("data", "augment", "model", "memory", "optimizer"))
+        if lacking and value == configs.LEFT_OUT.get(key):
+            part = saved
+            for word in group.split("."):
+                part = part[word]
+            del part[name]
+    saved["augment"] = saved["augment"] or None
+    return saved
+
+
+def write_own_network(folder: Path) -> int:
+    """Writes the files of README's network from elsewhere; returns their number of lines."""
+    text = (ROOT / "README.md").read_text()
+    files = re.findall(r"```python\n# (my_\w+\.py)\n(.*?)```", text, re.DOTALL)
+    for name, content in files:
+        (folder / name).write_text(content)
+    return sum(bool(line) for _, content in files for line in content.splitlines())
 
 
 def flags(*assignments: str) -> list[str]:

@@ -1,23 +1,18 @@
 """Every arm of every config takes a training step, on maps smaller than its memory too."""
 
-import runpy
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from aim_flax import build_model
-from aim_flax import config as configs
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.optimizer import build_optimizer
 from aim_flax.train.step import create_state, train_step
-from tests.runs import digits
+from tests.runs import arms, digits, load
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 # Depth and width only: the patterns, the kinds of memory and all else stay as they are.
 SMALLER = {
     "digits_mlp": ["model.features=(16,16)"],
@@ -35,21 +30,15 @@ SMALLER = {
 MEMORY = {"digits_mlp": "(8,)"}
 
 
-def arms() -> list[str]:
-    files = sorted(CONFIGS.glob("*.py"))
-    return [f"{file.stem}:{arm}" for file in files for arm in runpy.run_path(str(file))["ARMS"]]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", arms())
 def test_step_on_odd_images(arm):
     """Photographs of 97x61 pixels: the last maps have fewer pixels than the memory has rows."""
-    name, _, word = arm.partition(":")
-    config = configs.load(f"{CONFIGS / name}.py:{word}")
+    name = arm.partition(":")[0]
     changes = SMALLER[name] + ["data.image_shape=(97,61,3)"]
-    if config.memory is not None:
+    if load(arm).memory is not None:
         changes.append(f"memory.shape={MEMORY.get(name, '(7,7,12)')}")
-    config = configs.override(config, changes)
+    config = load(arm, changes)
     model = build_model(config)
     optimizer = build_optimizer(config, lambda step: 1e-3)
     create = jax.jit(lambda: create_state(model, optimizer, 0, (97, 61, 3)))
@@ -70,11 +59,8 @@ def test_step_on_odd_images(arm):
         assert np.abs(after.model_state["memory"]["carried"]).max() > 0
 
 
-def first_losses(count: int, augmentation: dict | None) -> np.ndarray:
-    config = digits("control")
-    with config.unlocked():
-        config.augment = augmentation
-    experiment = Experiment(config, count)
+def first_losses(count: int, *changes: str) -> np.ndarray:
+    experiment = Experiment(digits("control", *changes), count)
     state = experiment.devices.replicate(experiment.initial_state())
     seed = experiment.devices.replicate(np.uint32(0))
     data = experiment.train_batches.feed(0, 0, 5).at(0)
@@ -82,8 +68,25 @@ def first_losses(count: int, augmentation: dict | None) -> np.ndarray:
     return experiment.devices.fetch(metrics)["loss"]
 
 
+@pytest.mark.slow
 def test_augmentation_is_the_same_on_any_number_of_devices():
-    augmentation = {"rotation": 0.1, "translation": 0.1, "contrast": 0.5}
-    augmented = first_losses(1, augmentation)
-    assert np.abs(augmented - first_losses(1, None)).min() > 1e-4
-    np.testing.assert_allclose(first_losses(8, augmentation), augmented, rtol=1e-5)
+    changes = ("augment.rotation=0.1", "augment.translation=0.1", "augment.contrast=0.5")
+    augmented = first_losses(1, *changes)
+    assert np.abs(augmented - first_losses(1)).min() > 1e-4
+    np.testing.assert_allclose(first_losses(8, *changes), augmented, rtol=1e-5)
+
+
+def test_augmentation_that_does_nothing_is_not_computed():
+    """A step is the same program, random draws included, as in a config without augmentation."""
+
+    def program(config) -> str:
+        experiment = Experiment(config, 1)
+        data = experiment.train_batches.feed(0, 0, 1).at(0)
+        state, seed = map(experiment.devices.replicate, (experiment.initial_state(), np.uint32(0)))
+        return str(jax.make_jaxpr(experiment.train_call(1))(state, data, seed))
+
+    without = digits("control")
+    with without.unlocked():
+        without.augment = None
+    assert program(digits("control")) == program(without)
+    assert program(digits("control", "augment.shift=1")) != program(without)

@@ -75,6 +75,21 @@ def test_a_best_network_alone_is_no_state_to_go_on_from(tmp_path):
     checkpoints.close()
 
 
+def test_what_was_set_aside_is_kept_when_more_is(tmp_path):
+    for number in (1, 2, 3):
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(2, progress(2, None), state(number))
+        checkpoints.wait()
+        checkpoints.set_aside_after(1)
+        assert checkpoints.steps == []
+        checkpoints.close()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "set-aside-2",
+        "set-aside-2-2",
+        "set-aside-2-3",
+    }
+
+
 def test_empty_directory_has_nothing_to_restore(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest(state(0)) == (None, [])
@@ -112,6 +127,7 @@ def test_any_file_cut_short_is_noticed_or_makes_no_difference(tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys):
     config = digits("aim_state", "train.epochs=3", "train.checkpoint_minutes=0.0")
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"

@@ -63,6 +63,7 @@ def test_damaged_config_of_a_run_is_told(capsys, tmp_path):
     assert "config.json is damaged: " in line
 
 
+@pytest.mark.slow
 def test_train_and_eval_on_the_command_line(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = [*FLAGS, "--config.train.epochs", "2", "--config.seed=3", "--devices", "1"]
@@ -90,6 +91,7 @@ def test_workdir_that_cannot_be_written_is_told(capsys, tmp_path):
     assert "is not writable: Not a directory" in line
 
 
+@pytest.mark.slow
 def test_scripts_run_from_anywhere(tmp_path):
     for script, flag in (("train.py", "--config"), ("eval.py", "--workdir")):
         run = subprocess.run(
@@ -105,8 +107,8 @@ def test_scripts_run_from_anywhere(tmp_path):
 
 def test_lack_of_device_memory_is_told_in_one_line(capsys):
     """As XLA reports it, on CPU too."""
-    with pytest.raises(SystemExit) as end:
-        console.run_reporting_errors(jax.jit(lambda: jax.numpy.zeros(2**45, np.float32)))
+    with pytest.raises(SystemExit) as end, console.reporting_errors():
+        jax.jit(lambda: jax.numpy.zeros(2**45, np.float32))()
     assert end.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "RESOURCE_EXHAUSTED: Out of memory" in line

@@ -14,6 +14,7 @@ from aim_flax.study import plan
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.workdir import default_workdir
 from tests.photos import write_folder
+from tests.runs import write_own_network
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -46,8 +47,7 @@ def check(tmp_path, monkeypatch, capsys):
     must be one that an earlier command makes."""
     photographs = write_folder(tmp_path / "photographs", train=6, val=3, test=3)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (network,) = re.findall(r"```python\n(# my_net\.py\n.*?)```", PAGES[0].read_text(), re.DOTALL)
-    (tmp_path / "my_net.py").write_text(network)
+    write_own_network(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
 
@@ -57,7 +57,7 @@ def check(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Experiment, "__init__", start)
     download = "tensorflow_datasets.core.DatasetBuilder.download_and_prepare"
     monkeypatch.setattr(download, lambda builder, **options: start(builder, None))
-    # Widening a network until it has so many parameters takes long.
+    # Widening a network until it has as many parameters takes long.
     monkeypatch.setattr(plan, "derive", lambda config, name: config)
     made = set()
 

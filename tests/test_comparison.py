@@ -80,6 +80,8 @@ def test_comparison_is_scipys_on_recorded_runs():
         # 4·0.005, 3·0.01, 2·0.03, and 1·0.04, which may not fall below the one before it.
         ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
         ([0.6, 0.5, 0.01], [1.0, 1.0, 0.03]),
+        # Twice 0.7 would be no probability.
+        ([0.7, 0.9], [1.0, 1.0]),
         ([0.02, 0.02], [0.04, 0.04]),
         ([0.3], [0.3]),
         ([], []),

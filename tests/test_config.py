@@ -1,13 +1,20 @@
 """Loading, overriding and comparing configs."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
+from aim_flax import AiM, Memory, MemoryUpdate
 from aim_flax import config as configs
+from aim_flax.data.augment import OPTIONS
+from aim_flax.data.load import open_dataset
+from aim_flax.models.build import MODELS, OF_CALLERS, build_model
+from configs import base
 from tests.asserts import refused
-from tests.runs import DIGITS, ROOT, arms, load
+from tests.runs import DIGITS, ROOT, arms, from_before, load
 
 
 def test_first_arm_is_the_default():
@@ -24,6 +31,7 @@ def test_overrides_take_the_type_of_the_key():
         "memory.zero_init=true": True,
         "optimizer.momentum=0.9": 0.9,
         "schedule.plateau_patience=3": 3,
+        "model.num_classes=None": None,
     }
     config = configs.override(configs.load(DIGITS), ["model.features=(8,8)", *expected])
     for assignment, value in expected.items():
@@ -40,6 +48,7 @@ def test_overrides_take_the_type_of_the_key():
         ("train.epochs", "'train.epochs' has no value"),
         ("train.epochs=many", "train.epochs=many: invalid literal for int"),
         ("train.epochs=2.5", "train.epochs=2.5: invalid literal for int"),
+        ("train.epochs=None", "train.epochs=None: invalid literal for int"),
     ],
 )
 def test_wrong_overrides_are_named_and_change_nothing(assignment, message):
@@ -61,6 +70,7 @@ def test_memory_keys_of_an_arm_without_memory_do_not_exist():
         (DIGITS.replace("mlp.py", "mpl.py"), "not found .did you mean '.*digits_mlp.py'"),
         ("nowhere/at_all.py", "config file 'nowhere/at_all.py' not found"),
         (str(ROOT / "train.py"), "is no config: it must define ARMS and get_config"),
+        (str(ROOT / "configs" / "base.py"), "is no config: it must define ARMS and get_config"),
         (str(ROOT / "pyproject.toml"), "is no Python file"),
     ],
 )
@@ -70,16 +80,140 @@ def test_wrong_config_names_are_told(name, message):
 
 
 @pytest.mark.parametrize("arm", arms())
-def test_json_round_trip_of_every_arm(arm):
+def test_every_arm_has_every_key_and_survives_json(arm):
+    """Any key is a flag: each takes the value that it has."""
     config = load(arm)
     assert f"{config.name}:{config.arm}" == arm
+    started = base.start(config.name, config.arm, config.model.name)
+    if config.memory is None:
+        started.memory = None
+    values = configs.flatten(config)
+    assert values.keys() == configs.flatten(started).keys()
+    flags = [f"{key}={value}" for key, value in values.items() if key != "memory"]
+    assert configs.flatten(configs.override(config, flags)) == values
     again = ConfigDict(json.loads(configs.to_json(config)))
     assert configs.differing_keys(config, again) == []
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_base_has_every_option_with_its_default(model):
+    """Those of the network, the memory and its updates; augmentation does nothing."""
+    config = base.start("name", "arm", model)
+    set_here = {"num_classes", "shape", "read", "read_initial", "update_after"}
+    no_options = {"parent", "name", "dtype", "param_dtype", "axis_name", "kernel_init"}
+    no_options |= {"backbone", "memory", "update"}
+    for group, classes in (
+        (config.model, [MODELS[model]]),
+        (config.memory, [Memory, AiM]),
+        (config.memory.update_block, [MemoryUpdate]),
+    ):
+        fields = {field.name: field.default for c in classes for field in dataclasses.fields(c)}
+        if AiM in classes:
+            fields = {name: value for name, value in fields.items() if name not in OF_CALLERS}
+        keys = set(group) - {"name", "update_block", "learning_rate_scale"}
+        assert keys == fields.keys() - no_options
+        for key in keys - set_here:
+            assert group[key] == fields[key], key
+    assert set(config.augment) == set(OPTIONS)
+    assert not any(config.augment.values())
+
+
+def test_base_has_the_values_of_before():
+    """All but those that have changed since: none so far."""
+    started = base.start("name", "arm", "resnet")
+    values = configs.flatten(json.loads(configs.to_json(started)))
+    assert {key: values[key] for key in configs.LEFT_OUT} == configs.LEFT_OUT
+
+
+@pytest.mark.parametrize("arm", arms())
+def test_a_key_that_is_missing_has_its_value_of_before(arm):
+    config = load(arm)
+    saved = ConfigDict(from_before(config))
+    assert len(configs.flatten(saved)) < len(configs.flatten(config)) - 8
+    assert configs.differing_keys(saved, config) == []
+    changes = {"augment.rotation": "0.5", "optimizer.b1": "0.5", "train.epochs": "77"}
+    if config.memory is not None:
+        changes["memory.update_block.mode"] = "gated"
+    changed = configs.override(config, [f"{key}={value}" for key, value in changes.items()])
+    assert set(configs.differing_keys(saved, changed)) == changes.keys()
+    assert set(configs.differing_keys(ConfigDict(from_before(changed)), config)) == changes.keys()
+
+
+OWN_BASE = "from ml_collections import ConfigDict\nstart = lambda *_: ConfigDict({'who': '%s'})\n"
+EXPERIMENT = """
+from . import base
+ARMS = ("a", "b")
+get_config = lambda arm: base.start("mine", arm, "mlp")
+"""
+
+
+def test_a_config_imports_the_base_beside_it_or_else_that_of_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("x", "y", "none"):
+        Path(folder).mkdir()
+        Path(folder, "my.config.py").write_text(EXPERIMENT)
+        if folder != "none":
+            Path(folder, "base.py").write_text(OWN_BASE % folder)
+    for folder in ("x", "y", "x"):
+        assert configs.load(f"{folder}/my.config.py").who == folder
+        mine = configs.load("none/my.config.py:b")
+        assert configs.flatten(mine) == configs.flatten(base.start("mine", "b", "mlp"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("dir=photos", "data.dir is 'photos', but digits have no use for it: leave it ''"),
+        ("fit=crop", "data.fit is 'crop', but digits have no use for it: leave it 'stretch'"),
+        ("val_fraction=0.2", "data.val_fraction is 0.2, but digits have no use .*: leave it 0.1"),
+        ("test_fraction=0.1", "data.test_fraction is 0.1, but digits have no use"),
+        ("train_images=100", "data.train_images is 100, but digits have no use .*: leave it None"),
+        ("in_memory_mb=0", "data.in_memory_mb is 0.0, but digits have no use"),
+        ("threads=2", "data.threads is 2, but digits have no use for it: leave it 4"),
+        ("on_error=skip", "data.on_error is 'skip', but digits have no use"),
+    ],
+)
+def test_what_digits_have_no_use_for_is_refused(assignment, message):
+    with refused(message):
+        open_dataset(load("digits_mlp:aim", [f"data.{assignment}"]))
+
+
+@pytest.mark.parametrize(
+    ("arm", "assignments", "key"),
+    [
+        ("digits_mlp:aim", ["memory.kernel_size=3"], "memory.kernel_size"),
+        (
+            "digits_mlp:aim",
+            ["memory.update_block.kernel_size=5"],
+            "memory.update_block.kernel_size",
+        ),
+        ("digits_mlp:aim", ["memory.kernel_size=3", "memory.kind=noise"], "memory.kernel_size"),
+        ("stanford_dogs_vgg16:aim", ["memory.kernel_size=3"], "memory.kernel_size"),
+    ],
+)
+def test_the_size_of_a_kernel_that_is_not_there_is_refused(arm, assignments, key):
+    with refused(rf"^{key} is \d, but .* (has|have) no "):
+        build_model(load(arm, assignments))
+
+
+def test_a_control_of_a_memory_with_a_kernel_keeps_its_size():
+    of_conv = load("stanford_dogs_resnet50:aim_kernel7", ["memory.kind=zero"])
+    assert build_model(of_conv).memory.kernel_size == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("memory.learning_rate_scale", 0.0), ("memory.update_block.mode", "gated")]
+)
+def test_keys_that_some_configs_lacked_work_in_every_config(key, value):
+    for arm in ("stanford_dogs_resnet50:aim", "stanford_dogs_vgg16:aim", "digits_mlp:aim"):
+        config = load(arm, [f"{key}={value}"])
+        assert configs.flatten(config)[key] == value
+        assert configs.differing_keys(config, load(arm)) == [key]
 
 
 def test_differing_keys_are_listed():
     one = configs.load(DIGITS)
     other = configs.override(configs.load(f"{DIGITS}:control"), ["train.epochs=3"])
     keys = configs.differing_keys(one, other)
-    assert {"arm", "memory", "train.epochs", "memory.read"} <= set(keys)
+    assert {"arm", "train.epochs", "memory.read"} <= set(keys)
     assert "train.batch_size" not in keys

@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
-from aim_flax.devices import KINDS, Devices
+from aim_flax.devices import KINDS, Devices, any_process, computes_correctly, union_size
+from tests.asserts import assert_equal, refused
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -40,3 +42,62 @@ def test_donated_arrays_leave_the_host_arrays_alone(kind, count):
         np.testing.assert_array_equal(after.addressable_data(0).max(), 1)
         np.testing.assert_array_equal(jax.device_get(add_one(after)).max(), 2)
         np.testing.assert_array_equal(host, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_what_devices_hold_comes_back(kind, count):
+    devices = Devices(kind, count)
+    tree = {"a": np.arange(6, dtype=np.int32).reshape(2, 3), "b": np.float32(0.5)}
+    there = devices.replicate(tree)
+    assert_equal(devices.fetch(there), tree)
+    assert_equal(jax.tree.map(np.asarray, devices.local(there)), tree)
+    # One process computes all of a batch.
+    np.testing.assert_array_equal(devices.local_rows(24), np.arange(24))
+    batch = np.arange(24 * 6, dtype=np.float32).reshape(24, 3, 2)
+    parts = [np.asarray(part.data) for part in devices.shard(batch).addressable_shards]
+    assert {part.shape[-3:] for part in parts} == {(24 // count, 3, 2)}
+    assert_equal(np.concatenate([part.reshape(-1, 3, 2) for part in parts]), batch)
+
+
+def test_so_many_devices_are_there(monkeypatch):
+    with refused(r"^0 devices were asked for; there are 8 \(cpu\)$"):
+        Devices("pmap", 0)
+    assert [Devices("pmap", count).count for count in (None, 1, 8)] == [8, 1, 8]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with refused("^with several hosts all devices are used: leave --devices out$"):
+        Devices("pmap", 4)
+    assert [Devices("pmap", count).count for count in (None, 8)] == [8, 8]
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """Returns a function that makes this process one of two, where the other sends an array."""
+
+    def beside(theirs):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        gather = lambda mine: np.stack([mine, np.asarray(theirs, bool)])  # noqa: E731
+        monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+
+    return beside
+
+
+def test_processes_decide_alike(beside):
+    assert any_process(False, True) == [False, True]
+    beside([True, False, False])
+    assert any_process(False, True, False) == [True, True, False]
+
+
+def test_indices_of_all_processes_are_counted_once(beside):
+    assert union_size({1, 3}, 6) == 2
+    beside([False, False, False, True, False, True])
+    assert union_size({1, 3}, 6) == 3
+    assert union_size(set(), 6) == 2
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_wrong_sums_are_noticed(monkeypatch, factor):
+    assert computes_correctly()
+    jit = jax.jit
+    monkeypatch.setattr(jax, "jit", lambda fn: lambda rows: factor * jit(fn)(rows))
+    assert not computes_correctly()

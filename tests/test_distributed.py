@@ -19,9 +19,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion", "q
 
 def free_job() -> str:
     """A SLURM job number whose port, as JAX derives it, is free."""
-    for job in range(4096):
+    # In random order, because another test at the same moment would find the same one free.
+    for job in np.random.default_rng().permutation(4096):
         with socket.socket() as probe:
-            if probe.connect_ex(("localhost", 61440 + job)):
+            if probe.connect_ex(("localhost", 61440 + int(job))):
                 return str(job)
     raise RuntimeError("no free port")
 

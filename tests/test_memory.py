@@ -107,6 +107,9 @@ IN_A_SQUARE = [[0, 0, 1, 2, 0, 0], [0, 3, 4, 5, 0, 0], [0, 6, 0, 0, 0, 0], [0] *
     ("shape", "size", "expected"),
     [
         ((1, 3, 2), (4, 6), IN_A_SQUARE),
+        # Maps that are as high, or as wide, as the square.
+        ((1, 3, 2), (3, 6), IN_A_SQUARE[:3]),
+        ((1, 3, 2), (4, 3), [row[1:4] for row in IN_A_SQUARE]),
         # A square of 8 x 8 in the middle of larger maps.
         *(((4, 4, 4), (8 + n, 8 + n), np.pad(SQUARE, (n // 2, n - n // 2))) for n in (1, 4, 7)),
         # 10 floats on 2 x 2: 3 channels, 2 zeros at the end.
@@ -210,7 +213,7 @@ def test_distinct_values_is_the_number_of_different_floats():
 
 
 def test_distinct_values_of_the_published_memory_and_of_the_other_kinds():
-    assert distinct_values((7, 7, 1024), "conv", 1) == 1024
+    assert distinct_values((7, 7, 1024), "conv") == 1024
     assert distinct_values((7, 7, 1024), "conv", 7) == 50176
     assert distinct_values((16,), "dense") == 16
     assert distinct_values((7, 7, 1024), "direct") == 50176
@@ -368,6 +371,11 @@ def test_update_computes_in_its_dtype_and_keeps_float32_parameters():
         new, variables = jax.eval_shape(update.init_with_output, KEY, x, m)
     assert new.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    # Every layer is told, also where x is float32.
+    layers = partial(update.apply, capture_intermediates=True, mutable=["intermediates"])
+    with jax.numpy_dtype_promotion("standard"):
+        _, seen = jax.eval_shape(layers, variables, x.astype(jnp.float32), m)
+    assert {leaf.dtype for leaf in jax.tree.leaves(seen)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def adaptive(n, out):

@@ -1,6 +1,5 @@
 """A network from elsewhere, by its name in a config: trained, evaluated, described, ablated."""
 
-import re
 import sys
 
 import jax
@@ -18,11 +17,10 @@ from aim_flax.train.experiment import Experiment
 from aim_flax.train.restore import restore_run
 from tests.arrays import KEY, paths
 from tests.asserts import assert_equal, refused
-from tests.runs import ROOT, digits, read_json
+from tests.runs import digits, read_json, write_own_network
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
-README = ROOT / "README.md"
 NETWORK = """
 from flax import linen as nn
 
@@ -118,12 +116,9 @@ def test_controls_are_derived_from_it():
 
 @pytest.mark.slow
 def test_the_network_of_the_readme_is_trained(tmp_path, monkeypatch):
-    (text,) = re.findall(r"```python\n(# my_net\.py\n.*?)```", README.read_text(), re.DOTALL)
-    assert len([line for line in text.splitlines()[1:] if line]) <= 17
-    (tmp_path / "my_net.py").write_text(text)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for arm in ("aim_state", "control"):
-        config = configs.override(configs.load(f"my_net.py:{arm}"), ["train.epochs=1"])
+    assert write_own_network(tmp_path) <= 17
+    for arm in ("aim", "control"):
+        config = configs.override(configs.load(f"my_config.py:{arm}"), ["train.epochs=1"])
         summary = loop.run(config, tmp_path / arm, 1, quiet=True)
         assert summary["test_accuracy"] > 0.2
     monkeypatch.delitem(sys.modules, "my_net")

@@ -1,5 +1,7 @@
 """One training step, by hand: its loss, accuracy, gradient and keys."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from aim_flax.train.step import create_state, train_step
+from tests.asserts import assert_close
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
@@ -49,9 +52,9 @@ def test_a_step_is_what_the_formula_says():
     logits = flat @ kernel + bias
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     predicted = logits.argmax(axis=1)
-    # As many above their label as below it, and not as many as those that are right.
-    assert [np.sum(f(predicted, LABELS)) for f in (np.less, np.equal, np.greater)] == [1, 2, 3]
-    assert float(metrics["accuracy"]) == pytest.approx(2 / 6)
+    # No two of these are equal, so no other comparison has this accuracy.
+    assert [np.sum(f(predicted, LABELS)) for f in (np.less, np.equal, np.greater)] == [2, 1, 3]
+    assert float(metrics["accuracy"]) == pytest.approx(1 / 6)
     loss = -np.log(shares[range(6), LABELS]).mean()
     assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
     error = (shares - np.eye(3)[LABELS]) / 6
@@ -61,6 +64,26 @@ def test_a_step_is_what_the_formula_says():
     assert int(after.step) == 1
     assert float(after.learning_rate_scale) == np.float32(0.1)
     assert float(after.model_state["seen"]["train"]) == 1
+
+
+def test_steps_go_on_from_each_other():
+    """With momentum: a step is what is left of the one before, and its own gradient's."""
+    optimizer = optax.sgd(0.5, momentum=0.9)
+    states = [create_state(Probe(), optimizer, 3, (2, 2, 1))]
+    for _ in range(3):
+        states.append(train_step(Probe(), optimizer, states[-1], IMAGES, LABELS, 3)[0])
+    assert [int(state.step) for state in states] == [0, 1, 2, 3]
+    before = jax.tree.map(jnp.zeros_like, states[0].params)
+    for state, after in itertools.pairwise(states):
+        # Without momentum, a step of the same size.
+        alone = train_step(
+            Probe(), SGD, state.replace(opt_state=SGD.init(state.params)), IMAGES, LABELS, 3
+        )[0]
+        moved = jax.tree.map(jnp.subtract, after.params, state.params)
+        own = jax.tree.map(jnp.subtract, alone.params, state.params)
+        expected = jax.tree.map(lambda old, new: 0.9 * old + new, before, own)
+        assert_close(moved, expected, 1e-6)
+        before = moved
 
 
 def test_devices_share_the_gradient_and_the_memorys_key_but_not_the_dropouts():

@@ -1,11 +1,14 @@
 """Running a study: its runs against single ones, continuation, divergence, wrong use."""
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from aim_flax import config as configs
 from aim_flax.cli import ablate as ablate_command
@@ -27,7 +30,17 @@ from tests.processes import (
     not_finite,
     start,
 )
-from tests.runs import DIGITS, SMALL, digits, flags, history, read_csv, read_json, snapshot
+from tests.runs import (
+    DIGITS,
+    SMALL,
+    digits,
+    flags,
+    from_before,
+    history,
+    read_csv,
+    read_json,
+    snapshot,
+)
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
@@ -67,7 +80,6 @@ def whole(tmp_path_factory, standard_promotion, quick_compile) -> Path:
 
 
 SMALL_FLAGS = flags(*SMALL)
-AUGMENT = ("config.augment = None", "config.augment = ConfigDict({'shift': 1})")
 PLATEAUS = ("schedule.plateau_patience=1", "schedule.plateau_min_delta=0.2")
 
 
@@ -81,16 +93,12 @@ PLATEAUS = ("schedule.plateau_patience=1", "schedule.plateau_min_delta=0.2")
 )
 def test_seeds_trained_together_are_those_trained_alone(tmp_path, arm, devices, overrides):
     """With dropout and augmentation; a carried memory and calls that part the epochs."""
-    file = tmp_path / "augmented.py"
-    text = Path(DIGITS).read_text()
-    assert text.count(AUGMENT[0]) == 1
-    file.write_text(text.replace(*AUGMENT))
-    overrides = [*SMALL, "train.epochs=3", "model.dropout=0.2", *overrides]
+    overrides = [*SMALL, "train.epochs=3", "model.dropout=0.2", "augment.shift=1", *overrides]
     workdir = tmp_path / "s"
-    asked = plan(str(file), [arm], "4-5", overrides=overrides)
+    asked = plan(DIGITS, [arm], "4-5", overrides=overrides)
     studies.run(asked, workdir, device_count=devices, quiet=True)
     together, other, alone = workdir / arm / "5", workdir / arm / "4", tmp_path / "alone"
-    config = configs.load(f"{file}:{arm}")
+    config = configs.load(f"{DIGITS}:{arm}")
     own = [a for a in overrides if config.memory is not None or not a.startswith("memory.")]
     loop.run(configs.override(config, [*own, "seed=5"]), alone, devices, quiet=True)
     assert names(together) == names(alone)
@@ -173,11 +181,14 @@ COMMAND = ("ablate.py", "--config", DIGITS, *SMALL_FLAGS, "--config.train.epochs
 @pytest.mark.slow
 def test_study_that_is_killed_again_and_again_gives_the_same_report(tmp_path):
     command = (*COMMAND, *flags("train.steps_per_call=5", "train.checkpoint_minutes=0.0"))
-    command += ("--arms", "aim_direct,control", "--seeds", "2", "--workdir")
+    command += ("--arms", "aim_direct,control", "--seeds", "2", "--workdir", "s")
+    # In a folder each, for the report shows the command with its workdir.
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    finish(start(*command, whole))
-    kill_again_and_again((*command, parts), kills=3, resumed=1, seconds=1)
-    assert_same_report(parts, whole)
+    whole.mkdir()
+    parts.mkdir()
+    finish(start(*command, folder=whole))
+    kill_again_and_again(command, kills=3, resumed=1, seconds=1, folder=parts)
+    assert_same_report(parts / "s", whole / "s")
 
 
 @pytest.mark.slow
@@ -262,6 +273,7 @@ def test_killed_while_results_are_written_trains_nothing_again(tmp_path, monkeyp
         assert a["val_loss"].tolist() == b["val_loss"].tolist()
 
 
+@pytest.mark.slow
 def test_one_by_one_is_the_single_run_and_goes_on(tmp_path):
     overrides = ("train.epochs=2", "train.steps_per_call=10")
     options = dict(overrides=overrides, seeds_per_program=1)
@@ -382,6 +394,23 @@ def test_config_is_a_file_and_required(capsys, tmp_path):
     assert "holds no study" in fails(
         capsys, ablate_command.main, "--report-only", "--workdir", str(tmp_path)
     )
+
+
+def test_study_from_before_some_keys_were_there_goes_on(whole, tmp_path):
+    """A run that it lacks is trained; it is refused with other values of those keys."""
+    shutil.copytree(whole, tmp_path / "s")
+    saved = read_json(whole / "study.json")
+    for arm in saved["arms"].values():
+        arm["config"] = from_before(ConfigDict(arm["config"]))
+    (tmp_path / "s" / "study.json").write_text(json.dumps(saved))
+    shutil.rmtree(tmp_path / "s" / "aim_state" / "1")
+    same = ("train.epochs=3", "model.dropout=0.3")
+    rows = study(tmp_path / "s", "aim_state", "control", overrides=same)
+    assert [row["status"] for row in rows] == ["finished"] * 4
+    assert read_json(tmp_path / "s" / "study.json")["arms"] == saved["arms"]
+    message = r"another arm control, which differs in augment.shift \(missing there, 1 here\)"
+    with refused(message):
+        study(tmp_path / "s", "control", overrides=(*same, "augment.shift=1"))
 
 
 def test_study_of_another_config_is_refused_and_nothing_touched(whole):

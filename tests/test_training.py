@@ -1,14 +1,19 @@
 """A run from its config to its summary: files, continuation, devices, failures."""
 
+import importlib.metadata
 import json
 import shutil
 import signal
+import subprocess
 import time
 
 import jax
 import numpy as np
 import pytest
 
+from aim_flax.cli import evaluate as evaluate_command
+from aim_flax.data.digits import load_digits
+from aim_flax.devices import Devices
 from aim_flax.errors import DivergenceError
 from aim_flax.train import loop
 from aim_flax.train.experiment import Experiment
@@ -24,11 +29,13 @@ from tests.processes import (
 )
 from tests.runs import (
     DIGITS,
+    ROOT,
     SMALL,
     assert_same_end,
     digits,
     first_steps,
     flags,
+    from_before,
     history,
     read_csv,
     read_json,
@@ -65,6 +72,16 @@ def test_run_leaves_its_files(finished):
         assert events.read_bytes().count(tag) == 3
     for name in ("history.png", "memory_use.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_from_a_checkout_names_its_commit(finished):
+    version = importlib.metadata.version("aim_flax")
+    if (ROOT / ".git").exists():
+        git = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+        version += "+" + subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    saved = read_json(finished / "code_version.json")["aim_flax"]
+    assert saved.removesuffix(".changed") == version
+    assert read_json(finished / "summary.json")["versions"]["aim_flax"] == saved
 
 
 def test_summary_is_true(finished):
@@ -122,15 +139,27 @@ def test_other_config_is_refused_and_nothing_touched(finished):
     assert snapshot(finished) == before
 
 
-def test_keys_that_a_config_lacks_are_called_missing(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    saved = tmp_path / "run" / "config.json"
-    config = json.loads(saved.read_text())
-    del config["memory"]["learning_rate_scale"]
-    saved.write_text(json.dumps(config))
-    message = r"differs in memory.learning_rate_scale \(missing there, 1.0 here\)"
+def test_a_run_from_before_some_keys_were_there_goes_on(finished, tmp_path, capsys):
+    """It ends as without the break, can be evaluated, and is refused with other values of them."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    saved = from_before(restore_run(run).config)
+    assert saved["data"].keys() == {"name", "image_shape", "scale"}
+    assert "kernel_size" not in saved["memory"]
+    assert saved["augment"] is None
+    (run / "config.json").write_text(json.dumps(saved))
+    shutil.rmtree(run / "checkpoints" / str(restore_run(run, "latest").step))
+    (run / "summary.json").unlink()
+    changes = ("augment.shift=1", "optimizer.b1=0.5")
+    message = r"differs in augment.shift \(missing there, 1 here\), optimizer.b1 \(missing there,"
     with refused(message):
-        loop.run(digits("aim_state", "train.epochs=3"), tmp_path / "run", 1)
+        loop.run(digits("aim_state", "train.epochs=3", *changes), run, 1)
+    loop.run(digits("aim_state", "train.epochs=3"), run, 1, quiet=True)
+    assert_same_end(run, finished)
+    assert read_json(run / "config.json") == saved
+    evaluate_command.main(["--workdir", str(run), "--devices", "1"])
+    accuracy = read_json(run / "summary.json")["test_accuracy"]
+    assert f"accuracy {accuracy:.2%}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -204,12 +233,9 @@ def test_calls_of_any_length_give_the_same_run(tmp_path, finished):
 
 
 def test_epochs_visit_each_example_at_most_once_in_an_order_of_their_own():
-    from aim_flax.data.order import epoch_order
-    from aim_flax.keys import data_key
-
+    batches = load_digits().train_batches(Devices("pmap", 1), 64, 16.0, None)
     orders = [
-        np.asarray(epoch_order(data_key(seed), epoch, 1257))
-        for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
+        np.asarray(batches.order(seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
     ]
     for order in orders:
         assert sorted(order) == list(range(1257))

@@ -1,15 +1,15 @@
-"""The command line of ablate.py."""
+"""The command line of ablate.py: trains all arms of a study with all seeds, and reports on them."""
 
 import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 
-from aim_flax.console import CommandParser, parse_with_overrides, run_reporting_errors
+from aim_flax.console import CommandParser, parse_with_overrides, reporting_errors
 
 
+@reporting_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains all arms of a study with all seeds and reports on them; the command of ablate.py."""
     parser = CommandParser(
         prog="ablate.py",
         description="Trains every arm with every seed, or continues the study where it stopped, and"
@@ -58,29 +58,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.report_only and not args.config:
         parser.error("the following arguments are required: --config")
 
-    def work() -> None:
-        from aim_flax import devices
-        from aim_flax.study.plan import plan
-        from aim_flax.study.run import run, write_report
+    from aim_flax import devices
+    from aim_flax.study.plan import plan
+    from aim_flax.study.run import run, write_report
 
-        if args.report_only:
-            write_report(args.workdir, args.reference, command=command)
-            return
-        if warning := devices.warning():
-            print(warning, file=sys.stderr)
-        study = plan(
-            args.config,
-            [name.strip() for name in args.arms.split(",")] if args.arms else [],
-            args.seeds,
-            args.arm,
-            assignments,
-            args.derive_from,
-            args.reference,
-            command,
-        )
-        run(study, args.workdir, args.seeds_per_program, args.devices)
-
-    run_reporting_errors(work)
+    if args.report_only:
+        write_report(args.workdir, args.reference, command=command)
+        return
+    devices.warn_of_wrong_results()
+    arms = [name.strip() for name in args.arms.split(",")] if args.arms else []
+    more = (args.derive_from, args.reference, command)
+    study = plan(args.config, arms, args.seeds, args.arm, assignments, *more)
+    run(study, args.workdir, args.seeds_per_program, args.devices)
 
 
 def _seeds_per_program(text: str) -> int | None:

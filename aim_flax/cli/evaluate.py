@@ -1,13 +1,12 @@
-"""The command line of eval.py."""
+"""The command line of eval.py: evaluates a checkpoint of a run."""
 
-import sys
 from collections.abc import Sequence
 
-from aim_flax.console import CommandParser, parse_with_overrides, run_reporting_errors
+from aim_flax.console import CommandParser, parse_with_overrides, reporting_errors
 
 
+@reporting_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluates a checkpoint of a run; the command line of eval.py."""
     from aim_flax.evaluate.interventions import KINDS
 
     parser = CommandParser(
@@ -51,23 +50,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if assignment.partition(".")[0] not in ("data", "eval"):
             parser.error(f"--config.{assignment}: of a run, only data and eval can be changed")
 
-    def work() -> None:
-        from aim_flax import devices
-        from aim_flax.train.evaluate_run import (
-            evaluate_interventions,
-            evaluate_run,
-            picture_memory,
-        )
+    from aim_flax import devices
+    from aim_flax.train.evaluate_run import evaluate_interventions, evaluate_run, picture_memory
 
-        if warning := devices.warning():
-            print(warning, file=sys.stderr)
-        at = ".*" if args.at is None else args.at
-        common = (args.workdir, args.checkpoint, args.split, args.devices, assignments)
-        if args.memory_pictures:
-            picture_memory(*common)
-        elif args.memory == "all":
-            evaluate_interventions(*common, at, args.per_layer)
-        else:
-            evaluate_run(*common, args.memory, at)
-
-    run_reporting_errors(work)
+    devices.warn_of_wrong_results()
+    at = ".*" if args.at is None else args.at
+    common = (args.workdir, args.checkpoint, args.split, args.devices, assignments)
+    if args.memory_pictures:
+        picture_memory(*common)
+    elif args.memory == "all":
+        evaluate_interventions(*common, at, args.per_layer)
+    else:
+        evaluate_run(*common, args.memory, at)

@@ -6,7 +6,6 @@ if all is well; 1 if an image can't be read or is in more than one split or clas
 layout is wrong; 2 if there is nothing to look at.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -14,17 +13,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from aim_flax.console import CommandParser, run_reporting_errors
+from aim_flax.console import CommandParser, reporting_errors
 from aim_flax.data.folder import split, survey
 from aim_flax.data.inspection import contact_sheet, duplicates, examine, number, report
 from aim_flax.errors import UsageError
 
 
+@reporting_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = CommandParser(
-        prog="aim_flax.cli.inspect",
-        description=__doc__.partition("\n\n")[2],
-    )
+    parser = CommandParser(prog="aim_flax.cli.inspect", description=__doc__.partition("\n\n")[2])
     parser.add_argument("directory", metavar="DIR", help="what data.dir is in a config")
     parser.add_argument(
         "--sheet", type=Path, default=Path("contact_sheet.png"), help="default: %(default)s"
@@ -32,23 +29,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--per-class", type=int, default=6, help="images of each on the sheet; default: %(default)s"
     )
-    parser.add_argument(
-        "--val-fraction", type=float, default=0.1, help="as data.val_fraction; default: %(default)s"
-    )
-    parser.add_argument(
-        "--test-fraction",
-        type=float,
-        default=0.2,
-        help="as data.test_fraction; default: %(default)s",
-    )
+    for split_name, default in (("val", 0.1), ("test", 0.2)):
+        meaning = f"as data.{split_name}_fraction; default: %(default)s"
+        parser.add_argument(f"--{split_name}-fraction", type=float, default=default, help=meaning)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: one per core")
     args = parser.parse_args(argv)
     if args.per_class < 1 or args.threads < 1:
         parser.error("--per-class and --threads are at least 1")
-    run_reporting_errors(lambda: _inspect(args))
-
-
-def _inspect(args: argparse.Namespace) -> None:
     if not args.sheet.absolute().parent.is_dir():
         raise UsageError(f"--sheet is {args.sheet}, but there is no folder {args.sheet.parent}")
     if args.sheet.is_dir():

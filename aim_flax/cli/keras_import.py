@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aim_flax import config as configs
-from aim_flax.console import CommandParser, parse_with_overrides, run_reporting_errors
+from aim_flax.console import CommandParser, parse_with_overrides, reporting_errors
 from aim_flax.errors import UsageError
 from aim_flax.models.build import build_model
 from aim_flax.models.keras_weights import read_keras_hdf5, variables_from_keras
@@ -24,27 +24,22 @@ from aim_flax.train.experiment import abstract_state
 from aim_flax.train.progress import Progress
 from aim_flax.train.workdir import claim
 
-# Layers whose biases show the number of classes and of the memory's channels.
-_SIZED_BY = ("fc1000", "mem_init")
-
 
 def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | PathLike) -> ConfigDict:
-    """Makes a run, at step 0, from the weights in a Keras HDF5 file.
+    """Makes a run, at step 0, from the weights in a Keras HDF5 file, and returns its config.
 
     Args:
-      path: see `read_keras_hdf5`.
       config: of the arm `published`. The number of classes and the memory's channels are set to
         what the weights show; image size and the memory's rows and columns must fit the weights.
-      workdir: of the run; must hold no checkpoints yet.
-
-    Returns:
-      The run's config.
+      workdir: must hold no checkpoints yet.
 
     Raises:
       UsageError: the file, its weights, or the config do not fit; nothing is written.
     """
     weights = read_keras_hdf5(path)
-    classes, channels = (np.shape(weights.get(name, {}).get("bias")) for name in _SIZED_BY)
+    # Layers whose biases show the number of classes and of the memory's channels.
+    sized_by = ("fc1000", "mem_init")
+    classes, channels = (np.shape(weights.get(name, {}).get("bias")) for name in sized_by)
     changes = []
     if len(classes) == 1:
         changes.append(f"model.num_classes={classes[0]}")
@@ -76,6 +71,7 @@ def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | Path
     return config
 
 
+@reporting_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="aim_flax.cli.keras_import",
@@ -91,13 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="default: %(default)s",
     )
     args, assignments = parse_with_overrides(parser, argv)
-
-    def work() -> None:
-        config = configs.override(configs.load(args.config), assignments)
-        config = import_weights(args.weights, config, args.workdir)
-        print(f"{args.workdir}: weights of {args.weights}, {config.model.num_classes} classes")
-
-    run_reporting_errors(work)
+    config = configs.override(configs.load(args.config), assignments)
+    config = import_weights(args.weights, config, args.workdir)
+    print(f"{args.workdir}: weights of {args.weights}, {config.model.num_classes} classes")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aim_flax.console import CommandParser, fail, run_reporting_errors
+from aim_flax.console import CommandParser, fail, reporting_errors
 from aim_flax.data.tfds_records import FILE_FORMAT, check_format, find_builder
 from aim_flax.errors import UsageError
 
@@ -22,15 +22,10 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 
-# TFDS's default of 10 makes a machine without a network wait for more than three minutes.
-_CONNECTION_RETRIES = 4
-
-
 def prepare(builder: "tfds.core.DatasetBuilder", manual_dir: str | None) -> None:
     """Downloads a dataset and writes it in a format with random access.
 
     Args:
-      builder: of a dataset that is not prepared.
       manual_dir: folder of files that were fetched by hand; None: `downloads/manual` in the data
         folder. Files that TFDS would download are looked for there too.
 
@@ -44,7 +39,8 @@ def prepare(builder: "tfds.core.DatasetBuilder", manual_dir: str | None) -> None
     from tensorflow_datasets.core.download import downloader
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-    downloader.MAX_RETRIES = _CONNECTION_RETRIES
+    # The default of 10 makes a machine without a network wait for more than three minutes.
+    downloader.MAX_RETRIES = 4
     # It reports each retry; the error reports the last one.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     if builder.data_path.exists():
@@ -97,6 +93,7 @@ def summary(builder: "tfds.core.DatasetBuilder") -> str:
     return f"{builder.info.full_name}: {', '.join(sizes)}; in {builder.data_dir}"
 
 
+@reporting_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="aim_flax.cli.prepare", description=__doc__.partition(":")[0], allow_abbrev=False
@@ -105,29 +102,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
     parser.add_argument("--manual_dir", help="folder of files that were fetched by hand")
     args = parser.parse_args(argv)
-
-    def work() -> None:
-        # Keeps TensorFlow's messages about the processor off the terminal.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        builder = find_builder(args.name, args.data_dir)
-        if builder.is_prepared():
-            check_format(builder, args.name, args.data_dir)
-            print(f"already prepared: {summary(builder)}")
-            return
-        if importlib.util.find_spec("tensorflow") is None:
-            raise UsageError(
-                "preparing a dataset needs TensorFlow:"
-                " pip install -e '.[prepare]' -c constraints.txt"
-            )
-        try:
-            prepare(builder, args.manual_dir)
-        except KeyboardInterrupt:
-            fail("stopped; complete downloads are kept, and the same command goes on")
-            # A normal exit would wait for the downloads in progress.
-            os._exit(128 + signal.SIGINT)
-        print(f"prepared: {summary(builder)}")
-
-    run_reporting_errors(work)
+    # Keeps TensorFlow's messages about the processor off the terminal.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    builder = find_builder(args.name, args.data_dir)
+    if builder.is_prepared():
+        check_format(builder, args.name, args.data_dir)
+        print(f"already prepared: {summary(builder)}")
+        return
+    if importlib.util.find_spec("tensorflow") is None:
+        install = "pip install -e '.[prepare]' -c constraints.txt"
+        raise UsageError(f"preparing a dataset needs TensorFlow: {install}")
+    try:
+        prepare(builder, args.manual_dir)
+    except KeyboardInterrupt:
+        fail("stopped; complete downloads are kept, and the same command goes on")
+        # A normal exit would wait for the downloads in progress.
+        os._exit(128 + signal.SIGINT)
+    print(f"prepared: {summary(builder)}")
 
 
 def _one_line(message: Any) -> str:

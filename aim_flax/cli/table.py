@@ -10,12 +10,13 @@ named.
 from collections.abc import Sequence
 from pathlib import Path
 
-from aim_flax.console import CommandParser, run_reporting_errors
+from aim_flax.console import CommandParser, reporting_errors
 from aim_flax.files import write_csv
 from aim_flax.study.results import COLUMNS, SPLITS, read_runs
 from aim_flax.study.table import arm_table
 
 
+@reporting_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="aim_flax.cli.table", description=__doc__.partition(":")[0])
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
@@ -25,14 +26,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--csv", type=Path, help="also write a row per run to this file")
     args = parser.parse_args(argv)
-
-    def work() -> None:
-        rows = read_runs(args.workdirs)
-        if args.csv:
-            write_csv(args.csv, COLUMNS, rows)
-        print(arm_table(rows, args.reference, args.on))
-
-    run_reporting_errors(work)
+    rows = read_runs(args.workdirs)
+    if args.csv:
+        write_csv(args.csv, COLUMNS, rows)
+    print(arm_table(rows, args.reference, args.on))
 
 
 if __name__ == "__main__":

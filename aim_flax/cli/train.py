@@ -1,16 +1,15 @@
-"""The command line of train.py."""
+"""The command line of train.py: trains the network of a config."""
 
-import sys
 from collections.abc import Sequence
 
 import jax
 
 from aim_flax import config as configs
-from aim_flax.console import CommandParser, parse_with_overrides, run_reporting_errors
+from aim_flax.console import CommandParser, parse_with_overrides, reporting_errors
 
 
+@reporting_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains the network of a config; the command line of train.py."""
     parser = CommandParser(
         prog="train.py",
         description="Trains the network of a config, or continues the run in its workdir.",
@@ -27,29 +26,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
     args, assignments = parse_with_overrides(parser, argv)
+    config = configs.override(configs.load(args.config), assignments)
 
-    def work() -> None:
-        config = configs.override(configs.load(args.config), assignments)
-        # Imported once the flags are checked: orbax and others take seconds.
-        from aim_flax import devices
-        from aim_flax.data.load import open_dataset, with_classes
-        from aim_flax.models.describe import describe
-        from aim_flax.train import loop, workdir
+    # Imported once the flags are checked: orbax and others take seconds.
+    from aim_flax import devices
+    from aim_flax.data.load import open_dataset, with_classes
+    from aim_flax.models.describe import describe
+    from aim_flax.train import loop, workdir
 
-        if args.describe:
-            if config.model.num_classes is None:
-                config = with_classes(config, open_dataset(config).classes)
-            print(describe(config))
-            return
-        if args.distributed:
-            jax.distributed.initialize()
-        if warning := devices.warning():
-            print(warning, file=sys.stderr)
-        loop.run(
-            config,
-            args.workdir or workdir.default_workdir(config),
-            args.devices,
-            quiet=jax.process_index() > 0,
-        )
-
-    run_reporting_errors(work)
+    if args.describe:
+        if config.model.num_classes is None:
+            config = with_classes(config, open_dataset(config).classes)
+        print(describe(config))
+        return
+    if args.distributed:
+        jax.distributed.initialize()
+    devices.warn_of_wrong_results()
+    place = args.workdir or workdir.default_workdir(config)
+    loop.run(config, place, args.devices, quiet=jax.process_index() > 0)

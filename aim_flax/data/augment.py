@@ -52,8 +52,8 @@ def augment(
         image's size; `rotation`, at most this many turns either way; `translation`, at most this
         share of height and width; `shift`, at most this many whole pixels either way;
         `flip_horizontal` and `flip_vertical`, each with probability 1/2; `contrast`, each channel's
-        distance from its mean times 1 ± at most this much. What is left out, zero or False is not
-        done. Edges are filled by reflection, pixels are interpolated bilinearly.
+        distance from its mean times 1 ± at most this much. An option that is missing, zero or
+        False is not done. Edges are filled by reflection, pixels are interpolated bilinearly.
     """
     positions = first + jnp.arange(images.shape[0])
     keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
@@ -84,7 +84,9 @@ def _move_whole_pixels(
     sources = []
     for axis, name in enumerate(("flip_vertical", "flip_horizontal")):
         size = images.shape[axis + 1]
-        source = _reflect(jnp.arange(size) - shifts[:, axis, None], size)
+        # Reflected at the edges: d c b a | a b c d | d c b a.
+        source = (jnp.arange(size) - shifts[:, axis, None]) % (2 * size)
+        source = jnp.minimum(source, 2 * size - 1 - source)
         if options[name]:
             flips = jax.vmap(jax.random.bernoulli)(keys[1 + axis])
             source = jnp.where(flips[:, None], source[:, ::-1], source)
@@ -93,12 +95,6 @@ def _move_whole_pixels(
     examples = jnp.arange(len(images))[:, None, None]
     # On CPU several times as fast as choosing between an image and its mirror image.
     return jnp.asarray(images).at[examples, rows, columns].get(mode="promise_in_bounds")
-
-
-def _reflect(positions: jax.Array, size: int) -> jax.Array:
-    """Returns positions within an axis: d c b a | a b c d | d c b a."""
-    positions = positions % (2 * size)
-    return jnp.minimum(positions, 2 * size - 1 - positions)
 
 
 def _warp_randomly(
@@ -125,17 +121,15 @@ def warp(
     size: tuple[jax.Array | float, ...] = (1.0, 1.0),
     offset: tuple[jax.Array | float, ...] = (0.0, 0.0),
 ) -> jax.Array:
-    """Crops an image, rotates the result about its centre, then shifts it.
+    """Crops an image, (H, W, C), rotates the result about its centre, then shifts it.
+
+    Interpolation is bilinear, edges are filled by reflection (d c b a | a b c d | d c b a).
 
     Args:
-      image: (H, W, C).
       angle: in radians, counter-clockwise.
       shift: (down, right), in pixels.
       size: height and width of the crop, as shares of the image's height and width.
       offset: (down, right), in pixels, from the image's centre to the crop's.
-
-    Returns:
-      (H, W, C): bilinear, edges filled by reflection (d c b a | a b c d | d c b a).
     """
     height, width = image.shape[:2]
     centre_y, centre_x = (height - 1) / 2, (width - 1) / 2

@@ -17,7 +17,7 @@ from aim_flax.data.images import WHOLE, Region
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One image's drawn changes.
+    """One image's changes.
 
     Attributes:
       region: the part that is cropped.
@@ -27,11 +27,14 @@ class Change:
       flips: the axes that are flipped at the end.
     """
 
-    region: Region
-    angle: float
-    shift: tuple[float, float]
-    pixels: tuple[int, int]
-    flips: tuple[int, ...]
+    region: Region = WHOLE
+    angle: float = 0.0
+    shift: tuple[float, float] = (0.0, 0.0)
+    pixels: tuple[int, int] = (0, 0)
+    flips: tuple[int, ...] = ()
+
+
+UNCHANGED = Change()
 
 
 def draw(rng: np.random.Generator, options: Mapping[str, float | bool]) -> Change:
@@ -49,9 +52,8 @@ def draw(rng: np.random.Generator, options: Mapping[str, float | bool]) -> Chang
     turn, down, right = (2 * drawn - 1 for drawn in rng.random(3).tolist())
     angle = 2 * math.pi * rotation * turn
     shift = (translation * down, translation * right)
-    limit = int(options.get("shift") or 0)
     pixels = (0, 0)
-    if limit:
+    if limit := int(options.get("shift") or 0):
         pixels = tuple(rng.integers(-limit, limit, size=2, endpoint=True).tolist())
     asked = [bool(options.get(name)) for name in ("flip_vertical", "flip_horizontal")]
     flips = tuple(axis for axis in (0, 1) if asked[axis] and rng.random() < 0.5)
@@ -72,26 +74,15 @@ def apply(image: np.ndarray, change: Change) -> np.ndarray:
 
 
 def warp(image: np.ndarray, angle: float, shift: tuple[float, float]) -> np.ndarray:
-    """Rotates and shifts as `augment.warp` does, rounded to 1/32 of a pixel.
-
-    Args:
-      image: (H, W, C) uint8.
-      angle: in radians, counter-clockwise.
-      shift: (down, right), in pixels.
-    """
+    """Rotates and shifts (H, W, C) uint8 as `augment.warp` does, rounded to 1/32 of a pixel."""
     height, width = image.shape[:2]
     centre_y, centre_x = (height - 1) / 2, (width - 1) / 2
     cos, sin = math.cos(angle), math.sin(angle)
     # From a pixel (x, y) of the result to its place in the image.
     y, x = -centre_y - shift[0], -centre_x - shift[1]
-    source = np.array(
-        [
-            [cos, -sin, cos * x - sin * y + centre_x],
-            [sin, cos, sin * x + cos * y + centre_y],
-        ]
-    )
+    across = [cos, -sin, cos * x - sin * y + centre_x]
+    down = [sin, cos, sin * x + cos * y + centre_y]
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    warped = cv2.warpAffine(
-        image, source, (width, height), flags=flags, borderMode=cv2.BORDER_REFLECT
-    )
+    options = dict(flags=flags, borderMode=cv2.BORDER_REFLECT)
+    warped = cv2.warpAffine(image, np.array([across, down]), (width, height), **options)
     return warped.reshape(image.shape)

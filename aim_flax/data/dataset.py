@@ -1,12 +1,15 @@
 """What a dataset gives to training and evaluation, in memory or streamed."""
 
+import abc
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from aim_flax.devices import Devices
+from aim_flax.keys import data_key
 
 
 @runtime_checkable
@@ -20,57 +23,83 @@ class Feed(Protocol):
         """Ends the threads, if there are any."""
 
 
-@runtime_checkable
-class TrainBatches(Protocol):
+@dataclasses.dataclass(eq=False)
+class TrainBatches(abc.ABC):
     """The training split's batches, a function of (seed, step).
 
     Attributes:
+      batch_size: over all devices.
+      scale: what pixels are divided by.
+      augmentation: the options of `augment.augment`.
       sharded: whether each device gets its own part of a batch, instead of the whole split.
       steps_per_call: for how many steps the data of one step can be used; None: for its epoch.
       seed_axes: for each part of the data of several seeds, its axis of seeds, or None where they
         share it; None: a feed is of one seed.
+      examples, epoch_steps: images in the split, and whole batches in an epoch; each epoch leaves
+        out other images.
     """
 
-    sharded: bool
-    steps_per_call: int | None
-    seed_axes: tuple[int | None, ...] | None
+    dataset: "Dataset"
+    devices: Devices
+    batch_size: int
+    scale: float
+    augmentation: Mapping[str, Any] | None
+    sharded: ClassVar[bool]
+    steps_per_call: ClassVar[int | None]
+    seed_axes: ClassVar[tuple[int | None, ...] | None]
 
+    def __post_init__(self):
+        self.examples = self.dataset.sizes["train"]
+        self.epoch_steps = self.examples // self.batch_size
+
+    def order(self, seed: jax.Array | int, epoch: jax.Array | int) -> jax.Array:
+        """Returns the order, (examples,) int32, in which an epoch visits the training split."""
+        return jax.random.permutation(jax.random.fold_in(data_key(seed), epoch), self.examples)
+
+    @abc.abstractmethod
     def feed(self, seed: int | np.ndarray, start: int, stop: int) -> Feed:
         """Returns the data of the steps from `start` until before `stop`, for a seed or several."""
 
+    @abc.abstractmethod
     def on_device(
         self, data: Any, seed: jax.Array, step: jax.Array
     ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
         """Returns step -> this device's (images float32, labels), for `step` and as many steps
-        after it as `steps_per_call` allows.
-
-        Args:
-          data: what `feed` has for `step`, in a mapped function.
-        """
+        after it as `steps_per_call` allows; `data` is what `feed` has for `step`."""
 
 
-@runtime_checkable
-class EvalBatches(Protocol):
+@dataclasses.dataclass(eq=False)
+class EvalBatches(abc.ABC):
     """All batches of a split, in its order, the last one filled up.
 
     Attributes:
-      sharded: whether each device gets its own part of a batch, instead of the whole split.
+      batch_size: over all devices, rounded up to a multiple of their number.
+      scale, sharded: as in `TrainBatches`.
       examples: number of images in the split.
     """
 
-    sharded: bool
-    examples: int
+    dataset: "Dataset"
+    devices: Devices
+    split: str
+    batch_size: int
+    scale: float
+    sharded: ClassVar[bool]
 
+    def __post_init__(self):
+        self.batch_size += -self.batch_size % self.devices.count
+        self.examples = self.dataset.sizes[self.split]
+
+    @abc.abstractmethod
     def __iter__(self) -> Iterator[Any]:
         """Yields what `on_device` takes, a batch at a time."""
 
+    @abc.abstractmethod
     def on_device(self, data: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Returns this device's images float32, labels, and two (B,) bool: which images count, and
         which of the others stand for images that were left out."""
 
 
-@runtime_checkable
-class Dataset(Protocol):
+class Dataset(abc.ABC):
     """Named splits of labelled images: "train", "test" and, unless nothing is held out, "val".
 
     Attributes:
@@ -84,7 +113,10 @@ class Dataset(Protocol):
     sizes: Mapping[str, int]
     records: Mapping[str, int]
     skipped: Mapping[str, set[int]]
+    _train_batches: ClassVar[type[TrainBatches]]
+    _eval_batches: ClassVar[type[EvalBatches]]
 
+    @abc.abstractmethod
     def first_images(self, split: str, count: int) -> np.ndarray:
         """Returns the first images of a split, (at most count, H, W, C) uint8."""
 
@@ -95,11 +127,11 @@ class Dataset(Protocol):
         scale: float,
         augmentation: Mapping[str, Any] | None,
     ) -> TrainBatches:
-        """Returns the batches of "train"; `batch_size` is over all devices, pixels are divided by
-        `scale`, and the options of `augmentation` are those of `augment.augment`."""
+        """Returns the batches of "train"."""
+        return self._train_batches(self, devices, batch_size, scale, augmentation)
 
     def eval_batches(
         self, devices: Devices, split: str, batch_size: int, scale: float
     ) -> EvalBatches:
-        """Returns the batches of a split; `batch_size` is over all devices, and rounded up to a
-        multiple of their number."""
+        """Returns the batches of a split; `batch_size` is rounded up as `EvalBatches` says."""
+        return self._eval_batches(self, devices, split, batch_size, scale)

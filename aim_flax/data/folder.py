@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,11 @@ class FolderRecords:
 
     Attributes:
       directory: the split's.
-      classes: class names; a label is an index into them.
       labels: (N,) int32.
-      files: N names within the class folders.
+      files: N paths within the directory.
     """
 
-    directory: str
-    classes: tuple[str, ...]
+    directory: Path
     labels: np.ndarray
     files: Sequence[str]
 
@@ -41,9 +39,7 @@ class FolderRecords:
 
     def name(self, index: int) -> str:
         """Returns the path."""
-        return os.path.join(
-            self.directory, self.classes[self.labels[index]], self.files[int(index)]
-        )
+        return os.path.join(self.directory, self.files[index])
 
 
 def read_folder(directory: str | Path, val_fraction: float, test_fraction: float) -> EncodedDataset:
@@ -82,54 +78,52 @@ def survey(directory: str | Path) -> tuple[EncodedDataset, list[str]]:
       UsageError: there is no such folder, or no image in it.
     """
     directory = Path(directory).expanduser()
-    if not directory.is_dir():
-        if directory.exists():
-            raise UsageError(f"{directory} is a file, expected a folder of images")
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file, expected a folder of images")
+    if not directory.exists():
         parent = directory.absolute().parent
         siblings = [entry.name for entry in os.scandir(parent)] if parent.is_dir() else []
         raise UsageError(f"{directory} does not exist{nearest(directory.name, siblings)}")
     problems: list[str] = []
     folders = _scan(directory, problems)[0]
     found = [name for name in SPLITS if name in folders]
-    if found:
-        if missing := [name for name in ("train", "test") if name not in found]:
-            problems.append(
-                f"{directory} has {' and '.join(found)} but no {' and no '.join(missing)},"
-                " expected train, test and maybe val, or only folders of classes"
-            )
-        problems += [
-            f"{directory / name} stands beside {' and '.join(found)}, expected only train, val"
-            f" and test there{nearest(name, SPLITS)}"
-            for name in folders
-            if name not in SPLITS
-        ]
-        trees = {name: _class_files(directory / name, problems) for name in found}
-        problems += [
-            f"{directory / name} has no class folders, expected one per class, with its images"
-            for name, tree in trees.items()
-            if not tree
-        ]
-    else:
-        trees = {UNSPLIT: _class_files(directory, problems)}
-    if not any(files for tree in trees.values() for files in tree.values()):
-        raise UsageError(
-            problems[0]
-            if problems
-            else f"{directory} has no images, expected {', '.join(SUFFIXES)} in a folder per class"
+    roots = {name: directory / name for name in found} or {UNSPLIT: directory}
+    missing = [name for name in ("train", "test") if name not in found]
+    if found and missing:
+        problems.append(
+            f"{directory} has {' and '.join(found)} but no {' and no '.join(missing)},"
+            " expected train, test and maybe val, or only folders of classes"
         )
-    for name, tree in trees.items():
-        problems += [
-            f"{directory / name / label} is a class that {directory / 'train'} lacks"
-            f"{nearest(label, trees['train'])}"
-            for label in tree
-            if "train" in trees and label not in trees["train"]
-        ]
-    classes = tuple(sorted(set().union(*trees.values())))
-    splits = {
-        name: _records(directory if name == UNSPLIT else directory / name, classes, tree)
+    problems += [
+        f"{directory / name} stands beside {' and '.join(found)}, expected only train, val"
+        f" and test there{nearest(name, SPLITS)}"
+        for name in folders
+        if found and name not in found
+    ]
+    trees = {name: _class_files(root, problems) for name, root in roots.items()}
+    problems += [
+        f"{roots[name]} has no class folders, expected one per class, with its images"
         for name, tree in trees.items()
-    }
-    return EncodedDataset(classes, splits), problems
+        if found and not tree
+    ]
+    if not any(files for tree in trees.values() for files in tree.values()):
+        expected = f"{', '.join(SUFFIXES)} in a folder per class"
+        raise UsageError([*problems, f"{directory} has no images, expected {expected}"][0])
+    problems += [
+        f"{roots[name] / label} is a class that {roots['train']} lacks"
+        f"{nearest(label, trees['train'])}"
+        for name, tree in trees.items()
+        for label in tree
+        if "train" in trees and label not in trees["train"]
+    ]
+    classes = sorted(set().union(*trees.values()))
+    index = {label: i for i, label in enumerate(classes)}
+    splits = {}
+    for name, tree in trees.items():
+        found = [(index[label], f"{label}/{file}") for label in tree for file in tree[label]]
+        labels = np.array([label for label, _ in found], np.int32)
+        splits[name] = FolderRecords(roots[name], labels, [file for _, file in found])
+    return EncodedDataset(tuple(classes), splits), problems
 
 
 def split(dataset: EncodedDataset, val_fraction: float, test_fraction: float) -> EncodedDataset:
@@ -138,32 +132,30 @@ def split(dataset: EncodedDataset, val_fraction: float, test_fraction: float) ->
         if not 0 <= fraction < 1:
             raise UsageError(f"{name} is {fraction}, expected at least 0 and less than 1")
     splits = dict(dataset.splits)
-    if UNSPLIT in splits:
+    whole = splits.pop(UNSPLIT) if UNSPLIT in splits else splits["train"]
+    rest = np.arange(len(whole))
+
+    def take(name: str, fraction: float) -> None:
+        nonlocal rest
+        kept, held = hold_out(whole.labels[rest], fraction)
+        if not len(held):
+            raise UsageError(
+                f"{name}_fraction is {fraction}, which is less than one image of any class of"
+                f" {whole.directory}"
+            )
+        splits[name], rest = Subset(whole, rest[held]), rest[kept]
+
+    if "test" not in splits:
         if test_fraction == 0:
             raise UsageError(
-                f"test_fraction is 0, expected more: {splits[UNSPLIT].directory} has no folder test"
+                f"test_fraction is 0, expected more: {whole.directory} has no folder test"
             )
-        everything = splits[UNSPLIT]
-        rest, test = hold_out(everything.labels, test_fraction)
-        splits = {"train": Subset(everything, rest), "test": Subset(everything, test)}
-        _check_not_empty(splits["test"], "test_fraction", test_fraction)
-    else:
-        everything, rest = splits["train"], np.arange(len(splits["train"]))
+        take("test", test_fraction)
     if "val" not in splits and val_fraction:
-        train, val = hold_out(everything.labels[rest], val_fraction)
-        splits["train"] = Subset(everything, rest[train])
-        splits["val"] = Subset(everything, rest[val])
-        _check_not_empty(splits["val"], "val_fraction", val_fraction)
+        take("val", val_fraction)
+    splits["train"] = Subset(whole, rest)
     ordered = {name: splits[name] for name in SPLITS if name in splits}
     return EncodedDataset(dataset.classes, ordered)
-
-
-def _check_not_empty(held: Subset, name: str, fraction: float) -> None:
-    if not len(held):
-        raise UsageError(
-            f"{name} is {fraction}, which is less than one image of any class of"
-            f" {held.records.directory}"
-        )
 
 
 def _class_files(directory: Path, problems: list[str]) -> dict[str, list[str]]:
@@ -195,29 +187,13 @@ def _scan(directory: Path, problems: list[str]) -> tuple[list[str], list[str], l
     """Returns the names of a directory's folders, images and other files, each sorted."""
     folders, images, others = [], [], []
     try:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                name = entry.name
-                if name.startswith("."):
-                    continue
-                # The directory itself says so: no system call per file.
-                if entry.is_dir():
-                    folders.append(name)
-                elif name.lower().endswith(SUFFIXES):
-                    images.append(name)
-                else:
-                    others.append(name)
+        for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            is_image = entry.name.lower().endswith(SUFFIXES)
+            # The directory itself says what is a folder: no system call per file.
+            kind = folders if entry.is_dir() else images if is_image else others
+            kind.append(entry.name)
     except OSError as error:
         problems.append(f"{directory} can't be read: {error.strerror}")
-    return sorted(folders), sorted(images), sorted(others)
-
-
-def _records(
-    directory: Path, classes: tuple[str, ...], tree: Mapping[str, list[str]]
-) -> FolderRecords:
-    index = {name: i for i, name in enumerate(classes)}
-    labels = np.repeat(
-        np.array([index[name] for name in tree], np.int32), [len(files) for files in tree.values()]
-    )
-    files = [file for names in tree.values() for file in names]
-    return FolderRecords(str(directory), classes, labels, files)
+    return folders, images, others

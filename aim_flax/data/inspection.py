@@ -6,11 +6,13 @@ import hashlib
 import math
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
@@ -30,8 +32,7 @@ class Finding:
     """What one image is.
 
     Attributes:
-      split: its split.
-      path: its path; the name of its folder is its class.
+      path: the name of its folder is its class.
       problem: why it can't be read, or "".
       format: "JPEG", "PNG", ... by its content.
       size: height and width in pixels.
@@ -60,14 +61,13 @@ def examine(dataset: EncodedDataset, threads: int, console: Console) -> list[Fin
         for start in range(0, len(records), _BATCH)
     ]
 
-    def work(batch: tuple[str, Records, range]) -> list[Finding]:
-        name, records, indices = batch
+    def work(name: str, records: Records, indices: range) -> list[Finding]:
         return [_examine_one(name, records, i) for i in indices]
 
     pool = ThreadPoolExecutor(threads)
     try:
         results = track(
-            pool.map(work, batches),
+            pool.map(work, *zip(*batches, strict=True)),
             description="reading images",
             total=len(batches),
             console=console,
@@ -90,40 +90,34 @@ def _examine_one(name: str, records: Records, index: int) -> Finding:
         return Finding(name, path, f"can't be read: {error.strerror}")
     except ImageError as error:
         return Finding(name, path, str(error))
-    hashes = (hashlib.blake2b(data, digest_size=16).digest() for data in (encoded, small))
-    return Finding(name, path, "", kind, (height, width), *hashes)
+    return Finding(name, path, "", kind, (height, width), _hash(encoded), _hash(small))
 
 
 def duplicates(findings: Iterable[Finding]) -> list[list[Finding]]:
     """Returns groups of images of the same bytes, or of the same pixels in another file."""
-    looks = collections.defaultdict(list)
+    readable = [finding for finding in findings if not finding.problem]
+    found = []
+    for alike in _groups(readable, lambda finding: (finding.look, finding.size)):
+        same_bytes = len({finding.content for finding in alike}) == 1
+        # Small copies may be equal where the images are not.
+        found += [alike] if same_bytes else _groups(alike, _pixels)
+    return found
+
+
+def _groups(findings: Iterable[Finding], key: Callable[[Finding], Any]) -> list[list[Finding]]:
+    """Returns the findings that share a key with another one."""
+    groups = collections.defaultdict(list)
     for finding in findings:
-        if not finding.problem:
-            looks[finding.look, finding.size].append(finding)
-    groups = []
-    for alike in looks.values():
-        if len(alike) == 1:
-            continue
-        same = collections.defaultdict(list)
-        several = len({finding.content for finding in alike}) > 1
-        for finding in alike:
-            # Small copies may be equal where the images are not.
-            same[_pixels(finding) if several else finding.content].append(finding)
-        groups += [group for group in same.values() if len(group) > 1]
-    return groups
+        groups[key(finding)].append(finding)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _pixels(finding: Finding) -> bytes:
-    encoded = Path(finding.path).read_bytes()
-    return hashlib.blake2b(load(encoded, (*finding.size, 3)), digest_size=16).digest()
+    return _hash(load(Path(finding.path).read_bytes(), (*finding.size, 3)))
 
 
-def count_table(classes: Sequence[str], counts: Mapping[str, Mapping[str, int]]) -> str:
-    """Returns a Markdown table of images per class and split, aligned for a terminal too."""
-    rows = [["class", *counts]]
-    rows += [[label, *(f"{count[label]:,}" for count in counts.values())] for label in classes]
-    rows.append(["all", *(f"{sum(count.values()):,}" for count in counts.values())])
-    return markdown.table(rows, padded=True)
+def _hash(data: bytes | np.ndarray) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str]:
@@ -131,7 +125,11 @@ def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str
     counts = {name: collections.Counter() for name in dataset.splits}
     for finding in findings:
         counts[finding.split][finding.label] += 1
-    yield count_table(dataset.classes, counts)
+    rows = [["class", *counts]]
+    for label in dataset.classes:
+        rows.append([label, *(f"{count[label]:,}" for count in counts.values())])
+    rows.append(["all", *(f"{count.total():,}" for count in counts.values())])
+    yield markdown.table(rows, padded=True)
     for name, count in counts.items():
         missing = [label for label in dataset.classes if not count[label]]
         if missing:
@@ -146,7 +144,7 @@ def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str
         yield (
             f"{name}: {fewest:,} ({smallest}) to {most:,} ({largest}) images per class, median"
             f" {statistics.median(count.values()):,.0f}, {most / fewest:.1f} times as many;"
-            f" the largest class has {most / sum(count.values()):.1%} of the images"
+            f" the largest class has {most / count.total():.1%} of the images"
         )
     readable = [finding for finding in findings if not finding.problem]
     if readable:
@@ -188,7 +186,8 @@ def contact_sheet(
     font = ImageFont.truetype(fonts / "DejaVuSans.ttf", _LINE - 3)
     for i, label in enumerate(classes):
         x, y = i // rows * width, i % rows * height
-        name = _printable(label)
+        # A file's name may have bytes that are not text.
+        name = label.encode(errors="backslashreplace").decode()
         while draw.textlength(name, font) > width - _LINE:
             name = name[:-2] + "…"
         draw.text((x, y), name, "black", font)
@@ -198,11 +197,6 @@ def contact_sheet(
             pixels = load(Path(paths[n]).read_bytes(), (_THUMBNAIL, _THUMBNAIL, 3), fit="crop")
             sheet.paste(Image.fromarray(pixels), (x + column * _THUMBNAIL, y + _LINE))
     return sheet
-
-
-def _printable(name: str) -> str:
-    """Returns a file's name, which may have bytes that are not text, as text."""
-    return name.encode(errors="backslashreplace").decode()
 
 
 def number(things: Sequence[object], one: str, many: str) -> str:

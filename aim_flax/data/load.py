@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ml_collections import ConfigDict
 
+from aim_flax.config import LEFT_OUT
 from aim_flax.data.dataset import Dataset
 from aim_flax.data.digits import load_digits
 from aim_flax.data.in_memory import InMemory, Split
@@ -43,6 +44,7 @@ def open_dataset(config: ConfigDict) -> Dataset:
         actual = dataset.splits["train"].images.shape[1:]
         if shape != actual:
             raise UsageError(f"data.image_shape is {shape}, but digits has images of {actual}")
+        _check_unused(data)
     else:
         if len(shape) != 3 or shape[2] not in (1, 3) or min(shape) < 1:
             raise UsageError(
@@ -106,6 +108,16 @@ def _read_encoded(data: ConfigDict) -> EncodedDataset:
         f"data.name is {data.name!r}, expected digits, folder or {_TFDS}NAME"
         + nearest(data.name, ["digits", "folder"])
     )
+
+
+def _check_unused(data: ConfigDict) -> None:
+    """Raises UsageError if an option that digits have no use for is set."""
+    for key, value in data.items():
+        unset = LEFT_OUT.get(f"data.{key}")
+        if key not in ("name", "image_shape", "scale") and value != unset:
+            raise UsageError(
+                f"data.{key} is {value!r}, but digits have no use for it: leave it {unset!r}"
+            )
 
 
 def _subset(dataset: EncodedDataset, train_images: int | None) -> EncodedDataset:

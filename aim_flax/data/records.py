@@ -25,12 +25,7 @@ class Records(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Some of the records of a split.
-
-    Attributes:
-      records: of the split.
-      indices: (N,) int, of the records, in this order.
-    """
+    """The records of a split with these indices, (N,) int, in this order."""
 
     records: Records
     indices: np.ndarray
@@ -66,7 +61,6 @@ def hold_out(
     Args:
       labels: (N,) int; all equal if the classes aren't known.
       fraction: of each class that is held out, rounded; a class keeps at least one example.
-      seed: of the choice.
 
     Returns:
       The indices to keep and the indices to hold out, each sorted.

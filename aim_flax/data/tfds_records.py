@@ -3,6 +3,7 @@
 `python -m aim_flax.cli.prepare NAME` downloads and prepares one.
 """
 
+import contextlib
 import dataclasses
 import re
 import shlex
@@ -42,26 +43,21 @@ class TfdsSplit:
         return len(self.source)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """Returns an image, encoded as it was prepared, and its label.
-
-        Raises:
-          OSError: the file is missing, or damaged at this record.
-        """
+        """As in `records.Records`; raises OSError if the file is missing or damaged there."""
         features = self._features(index)
         return features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
 
     def name(self, index: int) -> str:
         """Returns split and number and, if it has one, the example's file name or id."""
         title = f"{self.title}, record {index}"
-        if self.name_feature is None:
-            return title
-        try:
-            feature = self._features(index)[self.name_feature]
-        except OSError:
-            # A record that can't be read needs a name too.
-            return title
-        name = (feature.bytes_list.value or feature.int64_list.value)[0]
-        return f"{title} ({name.decode(errors='replace') if isinstance(name, bytes) else name})"
+        # A record that can't be read needs a name too.
+        with contextlib.suppress(OSError):
+            if self.name_feature is not None:
+                feature = self._features(index)[self.name_feature]
+                name = (feature.bytes_list.value or feature.int64_list.value)[0]
+                name = name.decode(errors="replace") if isinstance(name, bytes) else name
+                return f"{title} ({name})"
+        return title
 
     def _features(self, index: int) -> Mapping[str, Any]:
         """Returns the features of an example as they are stored.
@@ -101,11 +97,9 @@ def read_tfds(name: str, data_dir: str | None, val_fraction: float) -> EncodedDa
     import tensorflow_datasets as tfds
 
     builder = find_builder(name, data_dir)
+    command = prepare_command(name, data_dir)
     if not builder.is_prepared():
-        raise UsageError(
-            f"{name} is not prepared in {builder.data_dir}; to prepare it:"
-            f" {prepare_command(name, data_dir)}"
-        )
+        raise UsageError(f"{name} is not prepared in {builder.data_dir}; to prepare it: {command}")
     check_format(builder, name, data_dir)
     features = builder.info.features
     _check_features(name, features)
@@ -115,14 +109,10 @@ def read_tfds(name: str, data_dir: str | None, val_fraction: float) -> EncodedDa
         for path in builder.info.splits[tfds_name].filepaths:
             if not path.exists():
                 raise UsageError(
-                    f"{path} is missing; move {builder.data_dir} away and run:"
-                    f" {prepare_command(name, data_dir)}"
+                    f"{path} is missing; move {builder.data_dir} away and run: {command}"
                 )
-        source = builder.as_data_source(
-            tfds_name,
-            file_format=FILE_FORMAT,
-            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-        )
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        source = builder.as_data_source(tfds_name, file_format=FILE_FORMAT, deserialize_method=raw)
         return TfdsSplit(f"{name} {tfds_name}", source, name_feature)
 
     available = list(builder.info.splits)
@@ -197,9 +187,8 @@ def _check_features(name: str, features: Any) -> None:
 
     found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     image, label = found.get("image"), found.get("label")
-    if not isinstance(image, tfds.features.Image) or not isinstance(
-        label, tfds.features.ClassLabel
-    ):
+    is_image = isinstance(image, tfds.features.Image)
+    if not (is_image and isinstance(label, tfds.features.ClassLabel)):
         kinds = [f"{key} ({type(found[key]).__name__})" for key in sorted(found)]
         raise UsageError(
             f"{name} has the features {', '.join(kinds) or features}, expected image (Image) and"

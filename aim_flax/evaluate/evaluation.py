@@ -1,4 +1,4 @@
-"""Evaluation of a whole split, used alike in training and by eval.py."""
+"""Evaluation of a whole split, in training and in eval.py."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from aim_flax.devices import AXIS, Devices
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a network made of a split.
+    """A network's results on a split.
 
     Attributes:
       loss: mean cross-entropy.
@@ -103,15 +103,15 @@ def _zero(axes: tuple[int, ...], num_classes: int) -> dict[str, np.ndarray]:
     return {
         "loss": np.zeros(axes, np.float32),
         "confusion": np.zeros((*axes, num_classes, num_classes), np.int32),
-        "count": np.zeros(axes, np.int32),
         "skipped": np.zeros(axes, np.int32),
     }
 
 
 def _evaluation(sums: dict[str, np.ndarray], is_correct: np.ndarray) -> Evaluation:
     """Returns the Evaluation of one network, after a check that each image was counted once."""
-    count, skipped, examples = int(sums["count"]), int(sums["skipped"]), len(is_correct)
-    if not (count == sums["confusion"].sum() and count + skipped == examples):
+    skipped, examples = int(sums["skipped"]), len(is_correct)
+    count = int(sums["confusion"].sum())
+    if count + skipped != examples:
         raise RuntimeError(f"{count} of {examples} examples were evaluated")
     return Evaluation(float(sums["loss"]) / count, sums["confusion"], is_correct, skipped)
 
@@ -127,7 +127,7 @@ def _score(
       counted: (B,) bool, False for padding.
 
     Returns:
-      loss: () float32, summed cross-entropy; confusion: (classes, classes) int32; count: () int32.
+      loss: () float32, summed cross-entropy; confusion: (classes, classes) int32.
       (B,) bool, False for padding.
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -136,6 +136,5 @@ def _score(
     sums = {
         "loss": jnp.where(counted, losses, 0.0).sum(),
         "confusion": confusion.at[labels, predicted].add(counted.astype(jnp.int32)),
-        "count": counted.sum(dtype=jnp.int32),
     }
     return sums, (predicted == labels) & counted

@@ -1,7 +1,7 @@
 """Evaluation with an altered memory, to learn what a trained network uses its memory for.
 
-A memory that grows during training need not be used. Taking it away from some layers, or giving
-an example another example's memory, shows how much the accuracy depends on it. That is causal
+A memory that changes in training need not be used. Taking it away from some layers, or giving an
+example another example's memory, shows how much the accuracy depends on it. That is causal
 evidence; the norms that a read records are only a correlation.
 """
 

@@ -1,4 +1,4 @@
-"""What evaluations leave for people: tables and plots of classes, and of interventions."""
+"""Tables and plots of evaluations: by class, and by intervention."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ def write_effects(file: Path, effects: Effects, context: dict[str, Any], title: 
     """Writes `file`.json and .csv, and .png if layers were altered one by one.
 
     Args:
-      context: of the evaluation, which comes first in the JSON file.
+      context: keys of the evaluation, which come first in the JSON file.
       title: of the plot.
     """
     rows = [dataclasses.asdict(row) for row in effects.rows]

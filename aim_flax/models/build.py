@@ -1,4 +1,4 @@
-"""From a config to the network it describes."""
+"""Builds the network that a config describes."""
 
 import dataclasses
 import importlib
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from aim_flax.errors import UsageError, check_choice, nearest
 from aim_flax.latch import AiM
-from aim_flax.memory import Memory
+from aim_flax.memory import Memory, check_memory
 from aim_flax.models.mlp import MLP
 from aim_flax.models.resnet import ResNet
 from aim_flax.models.vgg import VGG
@@ -24,7 +24,7 @@ MODELS = {"mlp": MLP, "resnet": ResNet, "vgg": VGG}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Fields that no config sets: Flax's own, and of a latch those for networks that call it themselves.
 _NO_OPTIONS = {"parent", "name"}
-_OF_CALLERS = {"mode", "check_batch", "called", "capture", "watch", "alter_read", "no_write"}
+OF_CALLERS = {"mode", "check_batch", "called", "capture", "watch", "alter_read", "no_write"}
 
 
 def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
@@ -43,8 +43,9 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
         memory; None on one device.
 
     Raises:
-      UsageError: an unknown name or field, with the nearest valid one; a class that cannot be
-        imported, or does not compute in the `dtype` of the config.
+      UsageError: an unknown name or field, with the nearest valid one; the size of a kernel that
+        this memory doesn't have; a class that cannot be imported, or does not compute in the
+        `dtype` of the config.
     """
     check_choice("dtype", config.dtype, DTYPES)
     common = dict(axis_name=axis_name, dtype=DTYPES[config.dtype])
@@ -63,6 +64,7 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     update = _construct("memory.update_block", MemoryUpdate, of_update, **common)
     of_memory = {f: fields.pop(f) for f in ("shape", "kind", "kernel_size") if f in fields}
     memory = _construct("memory", Memory, of_memory)
+    _check_kernels(memory, update)
     return _construct("memory", AiM, fields, backbone=backbone, memory=memory, update=update)
 
 
@@ -112,7 +114,7 @@ def _construct(
     """Returns the module with the options of a group of the config, and the other fields given."""
     valid = field_names(module) - _NO_OPTIONS - given.keys()
     if module is AiM:
-        valid -= _OF_CALLERS
+        valid -= OF_CALLERS
     for key in options:
         if key not in valid:
             raise UsageError(
@@ -122,3 +124,22 @@ def _construct(
         return module(**options, **given)
     except TypeError as error:  # A field of a network from elsewhere that has no default.
         raise UsageError(f"{group}: {error}") from None
+
+
+def _check_kernels(memory: Memory, update: MemoryUpdate) -> None:
+    """Raises UsageError if the size of a kernel is set that isn't there."""
+    vector = len(check_memory(memory.shape, memory.kind)) == 1
+    # Noise and zeros may stand in for a convolution with any kernel.
+    no_kernel = vector or memory.kind in ("dense", "direct")
+    if memory.kernel_size != Memory.kernel_size and no_kernel:
+        raise UsageError(
+            f"memory.kernel_size is {memory.kernel_size}, but a {memory.kind} memory of shape"
+            f" {memory.shape} has no kernel: leave it {Memory.kernel_size}"
+        )
+    no_convolution = vector or update.form != "published"
+    if update.kernel_size != MemoryUpdate.kernel_size and no_convolution:
+        raise UsageError(
+            f"memory.update_block.kernel_size is {update.kernel_size}, but {update.form} updates of"
+            f" a memory of shape {memory.shape} have no convolution: leave it"
+            f" {MemoryUpdate.kernel_size}"
+        )

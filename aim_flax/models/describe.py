@@ -1,4 +1,4 @@
-"""What a network consists of, without computing or allocating anything."""
+"""The size of a network, without computing or allocating anything."""
 
 import math
 from collections.abc import Mapping, Sequence

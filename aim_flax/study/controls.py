@@ -1,4 +1,4 @@
-"""Controls that isolate a memory: variants of a config, each without one thing that it brings.
+"""Controls that isolate a memory: variants of a config, each without one thing the memory adds.
 
 A network with a memory has more parameters and does more arithmetic than the plain network. Its
 memory is worth what it gains over controls that have as much of both, and over memories that are
@@ -39,7 +39,7 @@ def derive(config: ConfigDict, name: str) -> ConfigDict:
       name: one of CONTROLS.
 
     Raises:
-      UsageError: an unknown name; a config without memory; a size that cannot be had.
+      UsageError: an unknown name; a config without memory; a size that cannot be reached.
     """
     check_choice("the control", name, CONTROLS)
     if config.memory is None:
@@ -128,7 +128,7 @@ def _match(
 def _most(size: Callable[[int], int], goal: int, limit: int) -> int:
     """Returns the most units, at least 0, whose size (which grows with them) is within the goal.
 
-    `limit` is a first guess at what is too many.
+    `limit` is a first guess at a number that is too large.
     """
     if size(0) >= goal:
         return 0

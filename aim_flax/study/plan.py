@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import runpy
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -90,8 +89,7 @@ def plan(
     chosen = parse_seeds(seeds)
     if ":" in Path(file).name:
         raise UsageError(f"config is {file!r}, expected a file; its arms are named by --arms")
-    configs.load(file)  # raises where it is no config
-    own = {name: configs.load(f"{file}:{name}") for name in runpy.run_path(file)["ARMS"]}
+    own = {name: configs.load(f"{file}:{name}") for name in configs.arms(file)}
     default = next(iter(own))
     with_memory = (n for n in (*names, *own) if n in own and own[n].memory is not None)
     base = next(with_memory, default)

@@ -43,7 +43,7 @@ def add(workdir: Path, planned: Study) -> Study:
     Raises:
       UsageError: as `merge` does, or the workdir is not writable.
     """
-    try:
+    with files.writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         with held(workdir, _SECONDS_TO_WAIT):
             study = merge(workdir, planned)
@@ -52,8 +52,6 @@ def add(workdir: Path, planned: Study) -> Study:
                 for name, arm in study.arms.items()
             }
             files.write_json(workdir / STUDY, vars(study) | {"arms": arms})
-    except OSError as error:
-        raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
     return study
 
 

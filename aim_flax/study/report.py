@@ -1,4 +1,4 @@
-"""What a study leaves for people: its runs, what they tell about each arm, and plots.
+"""The report of a study: its runs, what they say about each arm, and plots.
 
 The same runs always give the same files.
 """
@@ -36,12 +36,12 @@ def write(
     """Writes results.csv, report.md, curves.png and differences.png into a folder.
 
     Args:
-      folder: created if it isn't there.
+      folder: created if it does not exist.
       rows: a row of `aim_flax.study.results.COLUMNS` per run of the study, started or not.
-      histories: {(arm, seed): rows of metrics.csv} of the runs that have any.
+      histories: {(arm, seed): rows of metrics.csv}, of the runs that have finished an epoch.
       reference: the arm that the others are compared with.
       title: of the report.
-      command: that made the study.
+      command: the command lines that made the study.
 
     Raises:
       UsageError: no run is of the reference arm, none of another, or two of the same arm and seed.
@@ -61,7 +61,7 @@ def write(
 
 
 def read_history(workdir: Path) -> list[dict[str, float]]:
-    """Returns the rows of a run's metrics.csv as numbers; none where it finished no epoch.
+    """Returns the rows of a run's metrics.csv as numbers; [] if it has finished no epoch.
 
     Raises:
       UsageError: the file is damaged.
@@ -114,7 +114,7 @@ def _text(
 
 
 def finding(arm: str, comparison: Comparison, reference: str) -> str:
-    """Returns a sentence on what the comparison can and can't tell from chance."""
+    """Returns a sentence that says whether the difference can be told from chance."""
     differences, p = comparison.summary, comparison.p_holm
     if not differences.n:
         return f"`{arm}` and `{reference}` have no finished seed in common: nothing can be told."

@@ -34,10 +34,10 @@ def read_runs(workdirs: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
-    """Returns a run's row: from its summary, or, where it has none, what `without_result` returns.
+    """Returns a run's row: from its summary or, if it has none, as `without_result` does.
 
     Raises:
-      UsageError: it is no run's workdir, or a file of it is damaged.
+      UsageError: `workdir` holds no run, or one of its files is damaged.
     """
     if (workdir / "summary.json").is_file():
         summary = read_json(workdir / "summary.json") | {"status": FINISHED}
@@ -55,7 +55,7 @@ def read_run(workdir: Path) -> dict[str, Any]:
 def without_result(config: ConfigDict, diverged_at: int | None = None) -> dict[str, Any]:
     """Returns the row of a run that has not been started, is not finished, or has diverged.
 
-    Its `status` is "unfinished" or "diverged at step N"; what there is no result of is None.
+    Its `status` is "unfinished" or "diverged at step N"; columns without a result are None.
     """
     status = UNFINISHED if diverged_at is None else f"diverged at step {diverged_at}"
     row = {"name": config.name, "arm": config.arm, "seed": config.seed, "status": status}
@@ -63,16 +63,16 @@ def without_result(config: ConfigDict, diverged_at: int | None = None) -> dict[s
 
 
 def is_finished(row: Row) -> bool:
-    # A row without a status has a result; only such were recorded before rows had one.
+    # Rows recorded before there was a status are all of finished runs.
     return row.get("status", FINISHED) == FINISHED
 
 
 def accuracies_by_arm(rows: Sequence[Row], split: str = "test") -> dict[str, dict[int, float]]:
-    """Returns {arm: {seed: accuracy}} of the finished runs; each arm of a row is there.
+    """Returns {arm: {seed: accuracy}} of the finished runs; an arm without any has {}.
 
     Args:
       rows: see `arm_table`.
-      split: of SPLITS, whose accuracy.
+      split: of SPLITS.
 
     Raises:
       UsageError: two rows are of the same arm and seed; the split is "val", and a run picked its

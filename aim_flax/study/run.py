@@ -235,7 +235,7 @@ def _train(workdir: Path, work: list[Work], quiet: bool) -> None:
             done += item.steps
             if received and work:
                 name = signal.Signals(received[0]).name
-                message = f"{name}: {item.label} done; the same command goes on from there"
+                message = f"{name}: {item.label} done; the same command continues from there"
                 raise InterruptionError(message, received[0])
     if not any((workdir / _GROUPS).glob("*/*")):
         shutil.rmtree(workdir / _GROUPS, ignore_errors=True)

@@ -3,12 +3,12 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import logging
-import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,21 +19,21 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 from aim_flax.errors import UsageError
 from aim_flax.train.step import TrainState, variables_of
 
-# Two, so that there is one to fall back on when the last was damaged.
+# Two, so that there is one to go back to if the last is damaged.
 _KEEP_LATEST = 2
 _SET_ASIDE = "set-aside-"
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What was saved at a step.
+    """What was saved after a step.
 
     Attributes:
-      step: after which it was saved.
-      state: the training state; None where only the best network was saved, for the loss was not
-        finite then.
+      step: the number of steps taken.
+      state: the training state; None if only the best network was saved, because the loss was not
+        finite.
       best: the variables of the best epoch so far; None before the first epoch has ended.
-      progress: JSON; its `best_step` (None, or a step) is that of `best`.
+      progress: JSON; its `best_step` is the step of `best`, or None.
     """
 
     step: int
@@ -46,7 +46,7 @@ class Checkpoints:
     """The checkpoints under a directory.
 
     A checkpoint appears whole or not at all, also when the process is killed while one is
-    written. Each holds all that a run needs to go on, the best network so far included.
+    written. Each holds all that a run needs to continue, and the best network so far.
     """
 
     def __init__(self, directory: Path, read_only: bool = False):
@@ -73,11 +73,11 @@ class Checkpoints:
         state: TrainState | None = None,
         best: dict[str, Any] | None = None,
     ) -> None:
-        """Starts to write a checkpoint; the arrays, numpy, must not change until it is done.
+        """Starts to write a checkpoint of numpy arrays, which must not change until `wait` returns.
 
         Args:
-          step, progress, state, best: as in `Checkpoint`; a `best` that is the state's own network
-            may be left out.
+          step, progress, state, best: as in `Checkpoint`; `best` may be left out if it is the
+            network of the state.
         """
         trees = {"state": state, "best": best}
         items = {
@@ -95,7 +95,7 @@ class Checkpoints:
           UsageError: there is no checkpoint of that step, or it cannot be read.
         """
         if step not in self.steps:
-            self._raise_missing(step, self.steps)
+            raise UsageError(f"no checkpoint of step {step} in {self._directory}")
         like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
         trees = {"state": like, "best": variables_of(like)}
         items = {
@@ -107,7 +107,7 @@ class Checkpoints:
         try:
             with _quiet():
                 restored = self._manager.restore(step, args=arguments)
-        except Exception as error:  # Whatever a damaged file makes orbax or tensorstore raise.
+        except Exception as error:  # Orbax and tensorstore raise many kinds on damaged files.
             reason = " ".join(str(error).split())[:120]
             raise UsageError(f"the checkpoint of step {step} cannot be read: {reason}") from error
         state, best = restored.get("state"), restored.get("best")
@@ -115,14 +115,13 @@ class Checkpoints:
         if best is None and best_step == step:
             best = variables_of(state)
         elif best is None and best_step is not None:
-            # Written before a checkpoint held its best network: that has a checkpoint of its own.
+            # An earlier version: the best network has a checkpoint of its own.
             best = self.restore(best_step, like).best
         return Checkpoint(step, state, best, restored.progress)
 
     def latest(self, like: TrainState, needs: str = "state") -> tuple[Checkpoint | None, list[str]]:
-        """Returns the latest readable checkpoint that has what is needed, or None without one.
-
-        Also the messages of those that came after it and could not be read.
+        """Returns the latest readable checkpoint that has what is needed, or None if there is none,
+        and a message for each later one that cannot be read.
 
         Args:
           like: as for `restore`.
@@ -148,12 +147,15 @@ class Checkpoints:
     def set_aside_after(self, step: int) -> None:
         """Moves checkpoints later than `step` out of the way, without deleting them."""
         later = [s for s in self.steps if s > step]
-        # Only the first of several processes, once all have looked and before any looks again.
+        # One process does it, after all have listed the steps and before any does again.
         multihost_utils.sync_global_devices("before setting checkpoints aside")
         if jax.process_index() == 0:
             for unused in later:
                 aside = self._directory / f"{_SET_ASIDE}{unused}"
-                shutil.rmtree(aside, ignore_errors=True)
+                for number in itertools.count(2):
+                    if not aside.exists():
+                        break
+                    aside = self._directory / f"{_SET_ASIDE}{unused}-{number}"
                 (self._directory / str(unused)).rename(aside)
         multihost_utils.sync_global_devices("after setting checkpoints aside")
         self._manager.reload()
@@ -162,12 +164,12 @@ class Checkpoints:
         """Returns the variables of a saved network, and the step after which it had them.
 
         Args:
-          which: "best"; "latest"; or the step of a checkpoint or of a best network. What can't be
-            read is passed over for what was saved before it, with a line that says so.
+          which: "best"; "latest"; or the step of a checkpoint or of a best network. If a checkpoint
+            cannot be read, the one before it is taken, and a line says so.
           like: as for `restore`.
 
         Raises:
-          UsageError: there is no such network, or none can be read.
+          UsageError: there is no such network, or it cannot be read.
         """
         if which in ("best", "latest"):
             found, messages = self.latest(like, "best" if which == "best" else "state")
@@ -193,10 +195,6 @@ class Checkpoints:
             return found.best, found.progress["best_step"]
         return variables_of(found.state), found.step
 
-    def _raise_missing(self, step: str | int, there: Iterable[int]) -> NoReturn:
-        steps = ", ".join(map(str, sorted(there))) or "none"
-        raise UsageError(f"no checkpoint of step {step} in {self._directory}; there: {steps}")
-
     def wait(self) -> None:
         """Waits until what was saved is on disk."""
         self._manager.wait_until_finished()
@@ -207,8 +205,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps reports of orbax off the terminal: of its settings, and, many lines each, of what its
-    background tasks find in a damaged file."""
+    """Keeps orbax's logs off the terminal: its settings, and many lines for each damaged file."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

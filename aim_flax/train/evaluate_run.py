@@ -1,8 +1,7 @@
-"""The evaluation of a run's checkpoint, from its workdir alone: what eval.py does."""
+"""Evaluates a checkpoint of a run from its workdir alone: the work of eval.py."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,8 @@ class _Opened:
     variables: dict[str, Any]
 
     def build(self, model: nn.Module | Choosable) -> Callable[[dict[str, Any]], Evaluation]:
-        """Returns what evaluates a network on given variables beside the checkpoint's."""
+        """Returns a function that evaluates a network with given variables added to the
+        checkpoint's."""
         evaluate = build_evaluate(model, self.devices, self.batches, len(self.classes))
         return lambda variables: evaluate({**self.variables, **self.devices.replicate(variables)})
 
@@ -77,8 +77,7 @@ def evaluate_run(
       workdir, checkpoint: as for `restore_run`.
       split: "train", "val" or "test".
       device_count: how many devices to use; None for all.
-      overrides: "key=value" of the config, as `config.override` takes them, for what concerns the
-        data or the evaluation.
+      overrides: "key=value" for the config's groups data and eval, as for `config.override`.
       memory, at: how and where the memory is altered, see `interventions.intervene`.
 
     Raises:
@@ -90,7 +89,7 @@ def evaluate_run(
     where = "everywhere" if at == ".*" else f"at {at!r}"
     if memory != "keep":
         model = intervene(model, memory, at)
-        layers(model, _images(restored.config))  # for its errors, before data are loaded
+        layers(model, _images(restored.config))  # raises before data are loaded
         altered, suffix = f", with altered memory ({memory} {where})", f"_{memory}"
     opened = _open(restored, split, device_count, overrides)
     evaluation = opened.build(model)({})
@@ -111,7 +110,7 @@ def evaluate_run(
         "classes": classes,
         "confusion": evaluation.confusion.tolist(),
     }
-    with _writing(workdir):
+    with files.writing(workdir):
         files.write_json(workdir / f"eval_{split}{suffix}.json", result)
         report.plot_confusion(
             workdir / f"confusion_{split}{suffix}.png",
@@ -144,7 +143,7 @@ def evaluate_interventions(
     """
     workdir = Path(workdir)
     restored = restore_run(workdir, checkpoint)
-    # Before data are loaded, for its errors.
+    # Raises before data are loaded.
     plan = effects.plan(restored.model, _images(restored.config), at, per_layer)
     opened = _open(restored, split, device_count, overrides)
     measured = effects.measure(plan, opened.build)
@@ -157,7 +156,7 @@ def evaluate_interventions(
         "examples": measured.keep.count,
         "skipped": measured.keep.skipped,
     }
-    with _writing(workdir):
+    with files.writing(workdir):
         report.write_effects(
             workdir / f"interventions_{split}", measured, context, opened.title + where
         )
@@ -187,13 +186,13 @@ def picture_memory(
     opened = _open(restored, split, device_count, overrides)
     notebooks = pictures.collect(restored.model, opened.devices, opened.batches, opened.variables)
     context = {"split": split, "checkpoint": checkpoint, "step": restored.step}
-    with _writing(workdir):
+    with files.writing(workdir):
         written = pictures.write(workdir, notebooks, opened.classes, context, opened.title)
     print(f"{workdir}, step {restored.step}, {len(notebooks.labels)} images: {', '.join(written)}")
 
 
 def _images(config: ConfigDict) -> jax.ShapeDtypeStruct:
-    """Returns the shape of several images, as interventions need them."""
+    """Returns the shape of two images: interventions need several."""
     return jax.ShapeDtypeStruct((2, *config.data.image_shape), np.float32)
 
 
@@ -203,11 +202,3 @@ def _heading(workdir: Path, opened: _Opened, evaluation: Evaluation) -> str:
         f"{workdir}, step {opened.restored.step}, {opened.split} split, {evaluation.count}"
         f" images{left_out}"
     )
-
-
-@contextlib.contextmanager
-def _writing(workdir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"{workdir} is not writable: {error.strerror}") from None

@@ -16,7 +16,6 @@ from aim_flax.config import flatten
 from aim_flax.data.augment import check_options
 from aim_flax.data.dataset import Dataset, EvalBatches
 from aim_flax.data.load import decode_if_small, open_dataset, with_classes
-from aim_flax.data.order import steps_per_epoch
 from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
@@ -48,12 +47,12 @@ class Experiment:
         Args:
           config: the experiment.
           device_count: how many devices to use; None for all.
-          dataset: that of an experiment with the same groups `data` and `eval`, to be used again;
-            None: the one that the config names is read.
+          dataset: that of an experiment with the same groups `data` and `eval`, to share it; None:
+            the one that the config names is read.
 
         Raises:
           UsageError: the config, or a part of it, can't be run.
-          DataError: an image that is read now can't be read.
+          DataError: an image of a dataset that is decoded at once can't be read.
         """
         _check_numbers(config)
         check_choice("eval.select_on", config.eval.select_on, ("val", "test"))
@@ -77,16 +76,15 @@ class Experiment:
             raise UsageError(
                 f"train.batch_size is {batch_size}, but there are {examples} training examples"
             )
-        self.epoch_steps = steps_per_epoch(examples, batch_size)
+        # None where nothing is to be done: then nothing is drawn or traced for it.
+        changes = {name: value for name, value in (config.augment or {}).items() if value}
+        self.train_batches = self.dataset.train_batches(
+            self.devices, batch_size, config.data.scale, changes or None
+        )
+        self.epoch_steps = self.train_batches.epoch_steps
         self.total_steps = self.epoch_steps * config.train.epochs
         self.schedule = build_schedule(config, self.epoch_steps)
         self.optimizer = build_optimizer(config, self.schedule)
-        self.train_batches = self.dataset.train_batches(
-            self.devices,
-            batch_size,
-            config.data.scale,
-            config.augment and config.augment.to_dict(),
-        )
         most = self.train_batches.steps_per_call or config.train.steps_per_call
         self.steps_per_call = min(config.train.steps_per_call, most)
         self._programs: dict[tuple, Callable] = {}
@@ -122,7 +120,7 @@ class Experiment:
         return jax.tree.map(np.asarray, create(seed=self.config.seed))
 
     def _initial_state(self) -> Callable:
-        # It runs once, and on CPU optimising its many random draws takes longer than that saves.
+        # It runs once, and on CPU optimising its many random draws takes longer than it saves.
         cpu = jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": 0} if cpu else None
         image_shape = tuple(self.config.data.image_shape)
@@ -133,8 +131,8 @@ class Experiment:
         """Returns `length` steps, all within one epoch, as a program of all devices.
 
         (state, data, seed) -> (state, {loss, accuracy: (length,)}), where `data` is what
-        `train_batches.feed` has for the first step, and the rest is replicated. The state that goes
-        in is given up.
+        `train_batches.feed` has for the first step, and the rest is replicated. The program reuses
+        the memory of the state that goes in.
 
         Args:
           together: for several seeds at once: state, seed and metrics have a leading axis of seeds,
@@ -217,7 +215,7 @@ class Experiment:
 
 def abstract_state(config: ConfigDict, model: nn.Module) -> TrainState:
     """Returns the shapes and dtypes of the training state of a config's network."""
-    # Which schedule it is makes no difference to the state's shapes.
+    # The state's shapes don't depend on the schedule.
     optimizer = build_optimizer(config, optax.constant_schedule(0.0))
     image_shape = tuple(config.data.image_shape)
     create = partial(create_state, model, optimizer, image_shape=image_shape)

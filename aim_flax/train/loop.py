@@ -1,8 +1,8 @@
 """The training loop: from a config and a workdir to a trained network and its summary.
 
-A run is a group of one. Several seeds of a config are trained as one program (`together.py`) by the
-same loop: then states, metrics and orders of examples have a leading axis of seeds, which a lone
-run's have not.
+A single run is a group of one. Several seeds of a config are trained as one program (`together.py`)
+by the same loop. Then states, metrics and orders of examples have a leading axis of seeds; for a
+single run they have none.
 """
 
 import contextlib
@@ -39,20 +39,20 @@ _EPOCH_SHOWN = ("train_loss", "train_accuracy", "val_accuracy")
 def run(
     config: ConfigDict, workdir: str | Path, device_count: int | None = None, quiet: bool = False
 ) -> dict[str, Any]:
-    """Trains the network of a config, or goes on with it where the workdir's run was left.
+    """Trains the network of a config, or continues the workdir's run where it stopped.
 
     Args:
       config: the experiment.
-      workdir: a directory of this run's own; created if it isn't there.
+      workdir: a directory for this run alone; created if it does not exist.
       device_count: how many devices to use; None for all.
-      quiet: leave out the reports on progress.
+      quiet: print no progress.
 
     Returns:
       What it writes to `summary.json`.
 
     Raises:
-      UsageError: before anything is touched, on a config that can't be run, or a workdir that
-        holds something else, or in which another process is at work (BusyError).
+      UsageError: before anything is written: the config can't be run, the workdir holds something
+        else, or another process is at work in it (BusyError).
       DivergenceError: the loss became NaN or infinite; the best network before it is saved.
       DataError: an image can't be read; the state is saved.
       InterruptionError: SIGTERM or Ctrl-C; the state is saved.
@@ -63,16 +63,16 @@ def run(
 def train(
     experiment: Experiment, workdir: Path, quiet: bool, part: Part | None = None
 ) -> dict[str, Any]:
-    """Does what `run` does for an experiment that is built.
+    """Does what `run` does, for an experiment that is already built.
 
     Args:
-      part: reports on progress in place of a reporter of the run's own.
+      part: reports on progress, where the run is part of longer work.
     """
     claim(workdir, experiment.config)
     summary = workdir / "summary.json"
     if not summary.is_file():
         with held(workdir), Reporter(experiment.total_steps, 0, quiet) as reporter:
-            # Another process may have finished it before it let go.
+            # Another process may have finished the run before it released the workdir.
             if not summary.is_file():
                 part = part or Part(reporter, "", 0, 1, [])
                 return Loop([experiment], [workdir], workdir / "checkpoints", part).train()[0]
@@ -82,8 +82,8 @@ def train(
 
 
 class Loop:
-    """One try at a run, or at several that differ in their seed alone: from the latest checkpoint,
-    or from the start, to the end.
+    """Trains a run, or several that differ only in their seed, from the latest checkpoint (or from
+    the start) to the end.
 
     Attributes:
       runs: their experiments.
@@ -148,7 +148,7 @@ class Loop:
 
         Raises:
           DivergenceError, DataError, InterruptionError: as `run` does. One of several runs that
-            diverges is marked (`mark_diverged`), and the others go on.
+            diverges is marked (`mark_diverged`), and the others continue.
         """
         experiment, config = self.experiment, self.config
         seeds = np.array([run.config.seed for run in self.runs], np.uint32)
@@ -156,7 +156,7 @@ class Loop:
         compiled: set[int] = set()
         with contextlib.ExitStack() as stack:
             received = stack.enter_context(signals(self.part.received))
-            # None where only results are missing: what a run has finished is left alone.
+            # None if only results are missing: the files of a finished run are not touched.
             workdirs = [] if self._done() else self.workdirs
             events = [stack.enter_context(report.Events(w, self.step)) for w in workdirs]
             self.part.begin(self.step)
@@ -190,7 +190,7 @@ class Loop:
                 self.part.advance(self.step, shown)
                 if stop and not done:
                     self.checkpoints.close()
-                    # Another process may have been the one to get it.
+                    # The signal may have come to another process.
                     raise interruption(received[0] if received else signal.SIGTERM, self.step)
             return self._finish()
 
@@ -198,13 +198,13 @@ class Loop:
         try:
             return feed.at(self.step)
         except DataError as error:
-            # Saving takes all processes, and the others may be well.
+            # Saving needs all processes, and the others may have read their images.
             if jax.process_count() > 1 or not self.step:
                 raise
             self._save()
             self.checkpoints.close()
             raise DataError(
-                f"{error}; saved at step {self.step}, the same command goes on from there"
+                f"{error}; saved at step {self.step}, the same command continues from there"
             ) from None
 
     def _done(self) -> bool:
@@ -216,14 +216,15 @@ class Loop:
         return self.step >= self.experiment.total_steps or not self.alive
 
     def _note_time(self, length: int, seconds: float, waited: float) -> None:
-        """Adds the time of a call that didn't compile, of which each run has an equal share."""
+        """Adds the time of a call that did not compile, in equal shares, to each run."""
         for progress in self.progress:
             progress.timed_seconds += seconds / len(self.runs)
             progress.waited_seconds += waited / len(self.runs)
             progress.timed_examples += length * self.config.train.batch_size
 
     def _note_metrics(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:
-        """Adds the metrics of consecutive steps; returns the last, means over the runs alive."""
+        """Adds the metrics of consecutive steps, and returns the last ones, as means over the runs
+        that have not diverged."""
         metrics = {name: np.atleast_2d(values) for name, values in metrics.items()}
         for i in self.alive:
             of_run = {name: values[i] for name, values in metrics.items()}
@@ -233,7 +234,7 @@ class Loop:
         return {name: float(values[alive, -1].mean()) for name, values in metrics.items()}
 
     def _check_alone(self, losses: Sequence[float], first_step: int) -> None:
-        """Raises DivergenceError if this is a lone run that has diverged, and saves its best."""
+        """Saves the best network and raises DivergenceError, if a single run has diverged."""
         step = self.progress[0].diverged_at
         if self.together or step is None:
             return
@@ -251,7 +252,7 @@ class Loop:
         raise DivergenceError(f"loss {loss} at step {step} (epoch {epoch}); {kept}", step)
 
     def _finish_epoch(self, select: Callable, probe: Callable) -> dict[str, float]:
-        """Evaluates, adds a row to each history, keeps the best networks, and lets plateaus cut.
+        """Evaluates, adds a row to each history, keeps the best networks, and cuts learning rates.
 
         Returns means over the runs that have not diverged.
         """
@@ -280,7 +281,7 @@ class Loop:
         return {name: float(np.mean([row[name] for row in rows])) for name in _EPOCH_SHOWN if rows}
 
     def _as_json(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds beside the states."""
+        """Returns what a checkpoint holds besides the states."""
         seconds = (time.monotonic() - self.began) / len(self.runs)
         for progress, before in zip(self.progress, self.seconds_before, strict=True):
             progress.seconds = before + seconds
@@ -291,7 +292,7 @@ class Loop:
 
     def _save(self) -> None:
         best_steps = {progress.best_step for progress in self.progress}
-        # A network that is the state's own isn't written twice.
+        # A best network that the state itself has is not written twice.
         best = None if best_steps <= {None, self.step} else self.devices.fetch(self.best)
         state = self.devices.fetch(self.states)
         self.checkpoints.save(self.step, self._as_json(), state, best)
@@ -305,8 +306,8 @@ class Loop:
                 report.write_metrics(self.workdirs[i], progress.history)
 
     def _finish(self) -> list[dict[str, Any]]:
-        """Tests the best networks and writes what each run leaves; returns the summaries."""
-        self._as_json()  # for the time it took
+        """Tests the best networks, writes the results of each run, and returns the summaries."""
+        self._as_json()  # brings the training time up to date
         tests = self.experiment.evaluate("test", self.together)(self.best) if self.alive else None
         best, last = self.devices.fetch(self.best), self.devices.fetch(self.states)
         self.checkpoints.wait()
@@ -335,7 +336,7 @@ class Loop:
 
 
 def _keep(best: Any, variables: Any, improved: jax.Array) -> Any:
-    """Returns the variables of the runs that improved, and those that were best of the others."""
+    """Returns the new variables of the runs that improved, and the old best ones of the others."""
 
     def choose(old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(
@@ -346,9 +347,9 @@ def _keep(best: Any, variables: Any, improved: jax.Array) -> Any:
 
 
 def _write_checkpoint(workdir: Path, progress: Progress, last: TrainState, best: Any) -> None:
-    """Writes the checkpoint of one of several runs, in place of any there.
+    """Writes the checkpoint of one of several runs, in place of any that is there.
 
-    Of one that diverged, that is its best network alone.
+    For a run that diverged, it holds only the best network.
     """
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     if progress.best_step is None:

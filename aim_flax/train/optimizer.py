@@ -1,8 +1,8 @@
-"""Learning-rate schedules, by step, and what validation decides, by epoch.
+"""Optimisers, learning-rate schedules, plateaus, early stopping, and the choice of the best epoch.
 
 Plateaus and early stopping are pure functions of the validation accuracies so far, with the
-semantics of the Keras callbacks ReduceLROnPlateau and EarlyStopping in mode "max" (keras.io);
-a run's history lies in its checkpoints, so there is no further state to save.
+semantics of the Keras callbacks ReduceLROnPlateau and EarlyStopping in mode "max" (keras.io).
+A run's history is in its checkpoints, so there is no other state to save.
 """
 
 import inspect
@@ -43,9 +43,8 @@ def build_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
 def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Returns the optax optimiser of `config.optimizer`; a key that is None is left to optax.
 
-    What it would change in the parameters of the memory itself, weight decay included, is
-    multiplied by `config.memory.learning_rate_scale` where the config has it: 0 freezes the memory,
-    and what reads and updates it still learns.
+    Its changes to the parameters of the memory itself, weight decay included, are multiplied by
+    `config.memory.learning_rate_scale`: 0 freezes the memory, while reads and updates still learn.
 
     Raises:
       UsageError: an unknown optimiser, an option that this one does not take, or a negative scale.

@@ -1,4 +1,4 @@
-"""How far a run has come: its history by epoch, and what follows from it."""
+"""How far a run has come: its history by epoch, and the best epoch."""
 
 import dataclasses
 import math
@@ -15,13 +15,13 @@ from aim_flax.train.optimizer import best_epoch, plateau_cuts, select_epoch
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come: what a checkpoint holds beside the training state, as JSON.
+    """How far a run has come; checkpoints hold it, as JSON, besides the training state.
 
     Attributes:
       history: a row per finished epoch, see report.HISTORY_COLUMNS, and its `memory_use`.
       best_step: the step after which the accuracy on the selection split was best.
-      epoch_sums: loss and accuracy summed over the steps of the epoch under way.
-      seconds: wall-clock time spent in training, over all tries.
+      epoch_sums: loss and accuracy, summed over the steps of the current epoch.
+      seconds: wall-clock time of training, over all processes that worked on the run.
       timed_examples, timed_seconds: of calls that did not compile.
       waited_seconds: of `timed_seconds`, those spent waiting for data.
       skipped: for each split, the indices of records that can't be read and were left out.
@@ -59,7 +59,7 @@ class Progress:
 
     @property
     def wait_share(self) -> float | None:
-        """The share of training time that went into waiting for data."""
+        """The share of training time spent waiting for data."""
         return self.waited_seconds / self.timed_seconds if self.timed_seconds else None
 
 
@@ -95,7 +95,7 @@ def add_epoch(
 
 
 def plateau_scale(config: ConfigDict, progress: Progress) -> np.float32:
-    """Returns what the plateaus so far have left of the schedule's learning rate."""
+    """Returns the factor by which the plateaus so far have cut the learning rate."""
     schedule = config.schedule
     cuts = plateau_cuts(progress.accuracies, schedule.plateau_patience, schedule.plateau_min_delta)
     return np.float32(schedule.plateau_factor ** len(cuts))

@@ -1,4 +1,4 @@
-"""What a run leaves for people: tables, plots and TensorBoard events."""
+"""Tables, plots and TensorBoard events of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,9 +37,9 @@ def write_metrics(workdir: Path, history: History) -> None:
 
 
 class Events:
-    """TensorBoard events of a run, from `step` on; what an earlier try wrote later is purged.
+    """TensorBoard events of a run from `step` on; later events of an earlier process are purged.
 
-    A context manager; of several processes the first one writes.
+    A context manager; of several processes, the first one writes.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -64,7 +64,7 @@ class Events:
             tag = f"{split}/{metric}" if split in ("train", "val") else column
             self._writer.add_scalar(tag, row[column], row["step"])
         for layer, norms in row["memory_use"].items():
-            # Without an output there is no share, and tensorboardX would warn of each NaN.
+            # If its own output is 0 there is no ratio, and tensorboardX would warn of each NaN.
             if norms["own"]:
                 ratio = norms["share"] / norms["own"]
                 self._writer.add_scalar(f"memory_use/{layer}", ratio, row["step"])
@@ -109,7 +109,7 @@ def plot_memory_use(path: Path, history: History, title: str, step: int | None =
     all epochs. A layer whose own output is 0 has neither.
 
     Args:
-      step: the last one of the bars' epoch, for example the best checkpoint's; None: the last.
+      step: the last step of the bars' epoch, for example the best checkpoint's; None: the last.
     """
     row = history[-1] if step is None else next(r for r in history if r["step"] == step)
     labels = {

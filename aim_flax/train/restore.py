@@ -1,4 +1,4 @@
-"""From a run's workdir alone to its network and its weights."""
+"""Restores a run's network and weights from its workdir alone."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ class Restored:
       config: the run's.
       model: its network, as `build_model` returns it.
       variables: the network's variables, numpy arrays: `model.apply(variables, images)`.
-      step: the checkpoint's.
+      step: the number of steps after which it had these variables.
     """
 
     config: ConfigDict
@@ -40,7 +40,7 @@ def restore_run(workdir: str | Path, checkpoint: str | int = "best") -> Restored
         can be read), or the step of one that was kept.
 
     Raises:
-      UsageError: `workdir` is no run's, or has no such checkpoint.
+      UsageError: `workdir` holds no run, or no such checkpoint.
     """
     workdir = Path(workdir)
     config = ConfigDict(read_json(workdir / "config.json")).lock()

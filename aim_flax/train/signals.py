@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, which end a run once its state is saved."""
+"""SIGTERM and Ctrl-C, which end a run after its state is saved."""
 
 import contextlib
 import signal
@@ -10,7 +10,7 @@ from aim_flax.errors import InterruptionError
 
 @contextlib.contextmanager
 def signals(received: list[int] | None = None) -> Iterator[list[int]]:
-    """Yields a list that a first SIGTERM or Ctrl-C is put on; a second one acts as usual.
+    """Yields a list to which a first SIGTERM or Ctrl-C is added; a second one acts as usual.
 
     Args:
       received: the list; None: a new one.
@@ -29,7 +29,7 @@ def signals(received: list[int] | None = None) -> Iterator[list[int]]:
     try:
         for signum in (signal.SIGTERM, signal.SIGINT):
             previous[signum] = signal.signal(signum, receive)
-    except ValueError:  # Not in the main thread: whoever started the thread handles signals.
+    except ValueError:  # Not in the main thread, where signals are handled.
         restore()
     try:
         yield received
@@ -40,5 +40,5 @@ def signals(received: list[int] | None = None) -> Iterator[list[int]]:
 def interruption(signum: int, step: int) -> InterruptionError:
     name = signal.Signals(signum).name
     return InterruptionError(
-        f"{name}: saved at step {step}; the same command goes on from there", signum
+        f"{name}: saved at step {step}; the same command continues from there", signum
     )

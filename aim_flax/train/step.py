@@ -1,7 +1,7 @@
 """What one device computes: the training step and its state.
 
-Everything is pure: a step depends on its state, its batch and keys that are folded from the
-run's seed and the step's number, so a run can be continued from its state alone. With an
+Everything is pure: a step depends on its state, its batch, and keys that are folded from the
+run's seed and the step's number, so a run can continue from its state alone. With an
 `axis_name`, gradients and metrics are averaged over the devices of that axis.
 """
 
@@ -17,14 +17,14 @@ from aim_flax.keys import dropout_key, init_key, memory_key
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a run needs to go on.
+    """All that a run needs to continue.
 
     Attributes:
       step: () int32, the number of steps taken.
       params: the network's parameters, those of its memory among them.
       model_state: the other collections: `batch_stats`, and `memory` where it is carried.
       opt_state: the optimiser's.
-      learning_rate_scale: () float32, what plateaus have left of the schedule's learning rate.
+      learning_rate_scale: () float32, the factor by which plateaus have cut the learning rate.
     """
 
     step: jax.Array
@@ -68,7 +68,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one step of gradient descent on the mean cross-entropy.
 
-    The network's keys are "dropout", another one on each device, and "memory", the same on all.
+    The network's keys are "dropout", different on each device, and "memory", the same on all.
 
     Args:
       images: (B, H, W, C) float32, this device's share of the batch.

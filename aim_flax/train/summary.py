@@ -68,7 +68,7 @@ def write_results(
     report.plot_history(workdir / "history.png", history, title)
     if config.memory is not None:
         report.plot_memory_use(workdir / "memory_use.png", history, title)
-    # Last, for its presence says that the run is finished.
+    # Last, because it marks the run as finished.
     files.write_json(workdir / "summary.json", summary)
 
 

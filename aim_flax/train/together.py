@@ -1,8 +1,8 @@
 """Several seeds of one config, trained as one compiled program.
 
-The seeds are a further axis of the training state, over which the step is vmapped. What a run
-draws depends on its seed and step alone, so each seed sees the examples, augmentation and dropout
-that it sees when it is trained alone. Sums are taken in another order, so results are equal up to
+The seeds are a leading axis of the training state, and the step is vmapped over it. A run's random
+draws depend only on its seed and step, so each seed gets the examples, augmentation and dropout
+that it gets when trained alone. Sums are taken in another order, so results are equal up to
 rounding.
 """
 
@@ -24,7 +24,7 @@ _SEEDS = "seeds_together.json"
 
 
 def check_together(experiment: Experiment) -> None:
-    """Raises UsageError if seeds of this experiment can only be trained one by one."""
+    """Raises UsageError if seeds of this experiment can only be trained one at a time."""
     if experiment.config.train.stop_patience is not None:
         raise UsageError("train.stop_patience is set, and seeds that stop early are trained alone")
     if experiment.train_batches.seed_axes is None:
@@ -40,16 +40,16 @@ def train_together(
     folder: Path,
     part: Part,
 ) -> None:
-    """Trains runs that differ in their seed alone, or goes on with them where they were left.
+    """Trains runs that differ only in their seed, or continues them where they stopped.
 
-    Each workdir is left as `loop.run` leaves it. A run whose loss becomes NaN or infinite is marked
-    in its workdir (`workdir.mark_diverged`), and the others go on.
+    Each workdir gets the files that `loop.run` writes. A run whose loss becomes NaN or infinite is
+    marked in its workdir (`workdir.mark_diverged`), and the others continue.
 
     Args:
-      experiment: of the config that the runs share; its seed plays no part.
-      seeds, workdirs: of the runs. A workdir that holds its finished run is left alone.
-      folder: holds the group's checkpoints until it is done, and is then deleted; what another
-        group left there is deleted first.
+      experiment: of the config that the runs share; its own seed is not used.
+      seeds, workdirs: of the runs. A workdir with a finished run is not touched.
+      folder: holds the group's checkpoints until it is done, and is then deleted; the checkpoints
+        of another group there are deleted first.
       part: reports on progress.
 
     Raises:
@@ -72,7 +72,7 @@ def train_together(
 
 
 def unfinished_group(folder: Path) -> list[int]:
-    """Returns the seeds whose common checkpoints lie in a group's folder; none where none do."""
+    """Returns the seeds of an unfinished group from its folder; [] if there is none."""
     if not (folder / _SEEDS).is_file() or not any(folder.glob("checkpoints/*/")):
         return []
     return read_json(folder / _SEEDS)

@@ -1,4 +1,4 @@
-"""A run's directory: whose it is, and what code wrote it."""
+"""A run's directory: which run it belongs to, and what code wrote it."""
 
 import contextlib
 import importlib.metadata
@@ -18,7 +18,7 @@ from aim_flax.errors import BusyError, UsageError
 from aim_flax.files import read_json, write_json
 
 LOCK = ".lock"
-# What a run may go on with changed, its results the same.
+# Keys that may change when a run continues, because its results don't depend on them.
 NOT_OF_THE_RUN = ("data.dir", "data.threads")
 
 
@@ -27,16 +27,16 @@ def default_workdir(config: ConfigDict) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what a result depends on."""
+    """Returns the versions of the packages that a result depends on."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"aim_flax": _code_version(), **found}
 
 
 def _code_version() -> str:
-    """Returns the package's version, and the git commit where it runs from a checkout."""
+    """Returns the package's version, with the git commit if it runs from a checkout."""
     version = importlib.metadata.version("aim_flax")
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return version
     git = ["git", "-C", str(root)]
@@ -51,7 +51,7 @@ def _code_version() -> str:
 
 
 def differences(there: ConfigDict, here: ConfigDict) -> str:
-    """Returns in which keys two configs differ, of those that a result depends on, or ""."""
+    """Returns the keys in which two configs differ and that a result depends on, or ""."""
     keys = [key for key in differing_keys(there, here) if key not in NOT_OF_THE_RUN]
     old, new = (
         {key: repr(value) for key, value in flatten(config).items()} for config in (there, here)
@@ -62,7 +62,7 @@ def differences(there: ConfigDict, here: ConfigDict) -> str:
 
 
 def check_claim(workdir: Path, config: ConfigDict) -> None:
-    """Raises UsageError unless the workdir is this run's, or free to become it."""
+    """Raises UsageError unless the workdir holds this run, or nothing."""
     saved = workdir / "config.json"
     if saved.is_file():
         other = ConfigDict(read_json(saved))
@@ -81,31 +81,29 @@ def check_claim(workdir: Path, config: ConfigDict) -> None:
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Makes the workdir this run's own, or raises UsageError and leaves it as it was."""
+    """Makes the workdir this run's, or raises UsageError and changes nothing."""
     check_claim(workdir, config)
     saved = workdir / "config.json"
     if jax.process_index() != 0:
         return
-    try:
+    with files.writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        # In this order: a workdir with a config is a run's, whenever this process is killed.
+        # The config first: if this process is killed, the workdir is still this run's.
         if not saved.is_file():
             files.write_text(saved, to_json(config))
         if not (workdir / "code_version.json").is_file():
             files.write_json(workdir / "code_version.json", versions())
-    except OSError as error:
-        raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
 
 
 @contextlib.contextmanager
 def held(workdir: Path, wait: float = 0.0) -> Iterator[None]:
     """Keeps other processes out of a workdir; all processes of a run must call this.
 
-    The operating system lets go of it when this process ends, however it ends.
+    The operating system releases it when this process ends, in any way.
 
     Args:
       workdir: exists.
-      wait: for so many seconds at most, while another process holds it.
+      wait: seconds to wait, at most, while another process holds it.
 
     Raises:
       BusyError: another process, or another run of this one, holds the workdir.
@@ -114,19 +112,18 @@ def held(workdir: Path, wait: float = 0.0) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         busy = False
         if jax.process_index() == 0:
-            try:
-                stack.enter_context(FileLock(workdir / LOCK, timeout=wait))
-            except Timeout:
-                busy = True
-            except OSError as error:
-                raise UsageError(f"{workdir} is not writable: {error.strerror}") from None
+            with files.writing(workdir):
+                try:
+                    stack.enter_context(FileLock(workdir / LOCK, timeout=wait))
+                except Timeout:
+                    busy = True
         if any_process(busy)[0]:
             raise BusyError(f"another process is at work in {workdir}")
         yield
 
 
 def mark_diverged(workdir: Path, step: int) -> None:
-    """Notes beside a run that its loss was not finite at `step`, so that its row says so."""
+    """Notes in a run's workdir that its loss was not finite at `step`, for its row in tables."""
     write_json(workdir / "diverged.json", {"step": step})
 
 

@@ -37,7 +37,7 @@ CONVOLUTIONS: dict[str, Callable[..., nn.Module]] = {
 GROUPS = {"groups2": 2, "depthwise": 4}
 DENSE: dict[str, Callable[..., nn.Module]] = {
     "dense": partial(nn.Dense, 3),
-    "general_features": partial(nn.DenseGeneral, (2, 3)),
+    "general_features": partial(nn.DenseGeneral, (2, 3), axis=(-1,)),
 }
 DENSE_LAYERS = [f"{form}_{name}" for form in ("vector", "tokens", "image") for name in DENSE]
 LAYERS = [*CONVOLUTIONS, *DENSE_LAYERS]

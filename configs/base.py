@@ -1,0 +1,145 @@
+"""What every experiment starts from: all options, each with the value that it has unless the
+experiment or a flag sets another.
+
+`from . import base` finds this file from any folder that has no base.py of its own.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
+    """Returns a config with all options, locked: values can be set, but no option can be added.
+
+    Args:
+      name: of the experiment, that of its file.
+      arm: one of the experiment's arms.
+      model: "mlp", "resnet" or "vgg", or "package.module:Class" for a network from elsewhere. The
+        config has the options of this network only.
+      **fields: options of a network from elsewhere.
+    """
+    config = ConfigDict()
+    config.name = name
+    config.arm = arm
+    config.seed = 0
+    config.dtype = "float32"  # of the computation: float32 or bfloat16
+    config.parallel = "pmap"  # or shard_map
+
+    config.data = ConfigDict()
+    config.data.name = "folder"  # or tfds:NAME, digits
+    config.data.image_shape = (224, 224, 3)  # height, width, 3 channels or 1 (grey)
+    config.data.scale = 255.0  # pixels are divided by it
+    # The rest is not for digits, which are not read from files and have splits of their own.
+    config.data.dir = ""  # the folder; of TFDS, where it prepared the dataset ("": its own place)
+    config.data.fit = "stretch"  # or crop: how other proportions are brought to the shape
+    config.data.val_fraction = 0.1  # of train, held out where there is no validation split
+    config.data.test_fraction = 0.2  # of a folder without any splits
+    config.data.train_images = placeholder(int)  # training images to use, a fixed choice; None: all
+    config.data.in_memory_mb = 1024.0  # decode all images at once up to this many MiB, else stream
+    config.data.threads = 4  # that decode
+    config.data.on_error = "stop"  # or skip: leave damaged images out, and count them
+
+    # Random changes to training images; zero and False: not done.
+    config.augment = ConfigDict()
+    config.augment.crop = 0.0  # smallest share of the image's area
+    config.augment.rotation = 0.0  # at most, in turns, either way
+    config.augment.translation = 0.0  # at most, as a share of height and width, either way
+    config.augment.shift = 0  # at most, in whole pixels, either way
+    config.augment.flip_horizontal = False
+    config.augment.flip_vertical = False
+    config.augment.contrast = 0.0  # 0.1: distances from the mean are multiplied by 0.9 to 1.1
+
+    config.model = ConfigDict()
+    config.model.name = model
+    config.model.num_classes = placeholder(int)  # None: as many as the dataset has
+    config.model.update(fields)
+
+    # As published, except for the shape, which each experiment sets. A network without memory has
+    # None in place of this group.
+    config.memory = ConfigDict()
+    config.memory.kind = "conv"  # or dense, direct; noise and zero are controls
+    config.memory.shape = ()  # rows, columns, channels; of a dense memory, channels only
+    config.memory.kernel_size = 1  # of the kind conv
+    config.memory.read = ""  # the layers that read it, a regular expression of their paths
+    config.memory.read_initial = ""  # those of them that read a second memory, never updated
+    config.memory.read_mode = "concat"  # or add, scale, attend
+    config.memory.fit = "reshape"  # or resize: how it takes the size of a map
+    config.memory.zero_init = False  # True, not with concat: starts equal to the plain network
+    config.memory.update_after = ""  # the modules after which it is rewritten; "": never
+    config.memory.update_block = ConfigDict()
+    config.memory.update_block.features = (16, 16, 32)
+    config.memory.update_block.kernel_size = 3  # of a memory with rows and columns
+    config.memory.update_block.form = "published"  # or erase_add, attend: by slots
+    config.memory.update_block.mode = "replace"  # or residual, gated
+    config.memory.update_block.pool = placeholder(str)  # mean, causal: of several positions
+    config.memory.update_block.momentum = 0.99  # of the batch norms
+    config.memory.update_block.epsilon = 1e-3
+    config.memory.carry = "weights"  # or state: what was written goes on to the next batch
+    config.memory.carry_rate = 0.1  # of state
+    config.memory.learning_rate_scale = 1.0  # of the memory's own parameters; 0: never learned
+
+    if model == "mlp":
+        config.model.features = (256, 256)  # of each hidden layer
+        config.model.activation = "relu"  # or gelu, sigmoid, tanh
+        config.model.batch_norm = False
+        config.model.dropout = 0.0
+        config.memory.read = r"layer\d+/dense|head"
+        config.memory.update_after = r"layer\d+"
+    elif model == "resnet":
+        config.model.stage_sizes = (3, 4, 6, 3)  # blocks in each stage
+        config.model.width = 64  # channels of the stem and stage 1; each further stage doubles it
+        config.model.stem = "imagenet"  # or cifar: 3x3, no pool
+        config.model.stem_stride = 2  # of imagenet
+        config.model.conv_bias = True
+        config.model.momentum = 0.99  # of the batch norms
+        config.model.epsilon = 1e-3
+        config.model.pointwise = "einsum"  # or conv: how 1x1 convolutions are computed
+        config.memory.read = r"stage\d_block\d/conv1"
+        # All but a stage's first block.
+        config.memory.read_initial = r"stage\d_block[2-9]/conv1"
+        config.memory.update_after = r"stage[123]_block1"
+    elif model == "vgg":
+        config.model.stage_sizes = (2, 2, 3, 3, 3)  # convolutions in each stage
+        config.model.widths = (64, 128, 256, 512, 512)  # of the stages
+        config.model.dense_sizes = (4096, 4096)
+        config.model.pooling = "flatten"  # or global
+        config.model.batch_norm = False  # after each convolution
+        config.model.momentum = 0.99  # of the batch norms
+        config.model.epsilon = 1e-3
+        config.memory.read = r"stage\d_conv\d|dense\d|head"
+        config.memory.update_after = r"stage[1-4]_pool"
+
+    # None is left to optax. An optimiser refuses an option that it does not take.
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"  # or adamw, sgd
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.b1 = placeholder(float)  # adam, adamw
+    config.optimizer.b2 = placeholder(float)  # adam, adamw
+    config.optimizer.eps = placeholder(float)  # adam, adamw
+    config.optimizer.weight_decay = placeholder(float)  # adamw
+    config.optimizer.momentum = placeholder(float)  # sgd
+    config.optimizer.nesterov = placeholder(bool)
+
+    config.schedule = ConfigDict()
+    config.schedule.name = "constant"  # or cosine, down to 0
+    config.schedule.warmup_epochs = 0.0  # up from 0
+    config.schedule.plateau_patience = placeholder(int)  # epochs before a cut; None: no cuts
+    config.schedule.plateau_factor = 0.1  # of a cut
+    config.schedule.plateau_min_delta = 1e-4  # of accuracy: a smaller gain is none
+
+    config.train = ConfigDict()
+    config.train.batch_size = 64  # over all devices
+    config.train.epochs = 30
+    config.train.stop_patience = placeholder(int)  # epochs; None: no early stopping
+    config.train.stop_min_delta = 1e-3  # of accuracy: a smaller gain is none
+    # Most steps in one compiled call, within an epoch. On a GPU 50 are quicker, where data is in
+    # memory; XLA on CPU computes convolutions in loops several times slower.
+    config.train.steps_per_call = 1
+    config.train.checkpoint_minutes = 10.0  # between checkpoints; also at the end, and on a signal
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 500  # over all devices
+    config.eval.select_on = "val"  # or test: the split that picks the best checkpoint
+    return config.lock()
