@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ from aim_flax.errors import UsageError
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yields a file to write, which becomes `path` at the end."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    os.replace(temporary, path)
+    # Named for this write alone: another process may be writing the same file.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from aim_flax import config as configs
+from aim_flax import files
 from aim_flax.cli import ablate as ablate_command
 from aim_flax.cli import evaluate as evaluate_command
 from aim_flax.errors import BusyError, InterruptionError
@@ -145,6 +146,45 @@ def test_report_can_be_written_again(whole, capsys):
     ablate_command.main(["--report-only", "--workdir", str(whole)])
     assert {name: (whole / name).read_bytes() for name in REPORT} == before
     assert "| `control` | 2 |" in capsys.readouterr().out
+
+
+def test_a_report_waits_for_the_one_that_another_process_writes(whole, monkeypatch):
+    """It may have been read before the last run ended, so it has to be written first."""
+    before = {name: (whole / name).read_bytes() for name in REPORT}
+    monkeypatch.setattr(studies, "SECONDS_TO_WAIT", 0.0)
+    with held(whole), refused("^another process is at work in ", kind=BusyError):
+        studies.write_report(whole, quiet=True)
+    assert {name: (whole / name).read_bytes() for name in REPORT} == before
+    studies.write_report(whole, quiet=True)
+
+
+def test_two_processes_can_write_the_same_file(tmp_path):
+    """The one that ends last is what is left, whole, and nothing of the other."""
+    path = tmp_path / "plot.png"
+
+    class Figure:
+        def savefig(self, file, **options):
+            file.write_text("last")
+            files.write_text(path, "first")
+
+    files.save_figure(Figure(), path)
+    assert path.read_text() == "last"
+    assert [file.name for file in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "plot.png"
+    path.write_text("before")
+
+    class Figure:
+        def savefig(self, file, **options):
+            file.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        files.save_figure(Figure(), path)
+    assert path.read_text() == "before"
+    assert [file.name for file in tmp_path.iterdir()] == ["plot.png"]
 
 
 @pytest.mark.slow

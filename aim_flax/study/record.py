@@ -13,7 +13,7 @@ from aim_flax.study.plan import NOT_RECORDED, Arm, Study
 from aim_flax.train.workdir import NOT_OF_THE_RUN, differences, held
 
 STUDY = "study.json"
-_SECONDS_TO_WAIT = 60.0  # for another process that is adding to the study
+SECONDS_TO_WAIT = 60.0  # for another process that is writing the study's files
 
 
 def read_study(workdir: Path) -> Study | None:
@@ -45,7 +45,7 @@ def add(workdir: Path, planned: Study) -> Study:
     """
     with files.writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        with held(workdir, _SECONDS_TO_WAIT):
+        with held(workdir, SECONDS_TO_WAIT):
             study = merge(workdir, planned)
             arms = {
                 name: arm.origin | {"seeds": arm.seeds, "config": json.loads(arm.config.to_json())}

@@ -5,9 +5,9 @@ consists of), and the report: report.md, results.csv, curves.png and differences
 are trained together, their common checkpoints lie in DIR/.groups/<arm>/<first seed>/.
 """
 
+import contextlib
 import dataclasses
 import json
-import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +22,13 @@ from aim_flax.data.in_memory import InMemory
 from aim_flax.errors import BusyError, DivergenceError, InterruptionError, UsageError
 from aim_flax.study import report as study_report
 from aim_flax.study.plan import NOT_RECORDED, Study, format_ranges
-from aim_flax.study.record import STUDY, add, merge, read_study
+from aim_flax.study.record import SECONDS_TO_WAIT, STUDY, add, merge, read_study
 from aim_flax.study.results import read_run, without_result
 from aim_flax.study.table import arm_table
 from aim_flax.train import loop, signals
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.together import check_together, train_together, unfinished_group
-from aim_flax.train.workdir import check_claim, mark_diverged
+from aim_flax.train.workdir import check_claim, held, mark_diverged
 
 _GROUPS = ".groups"
 _SECONDS_BETWEEN_LINES = 5.0
@@ -123,6 +123,26 @@ def write_report(
         raise UsageError(f"{workdir / STUDY} not found: {workdir} holds no study")
     if reference is not None:
         study = add(workdir, Study(study.name, study.config, reference, {}, [command]))
+    compared = study.reference is not None and len(study.arms) > 1
+    # Read and written under one lock: of several processes, the last to write knows the most.
+    with held(workdir, SECONDS_TO_WAIT) if compared else contextlib.nullcontext():
+        rows, histories = _results(workdir, study)
+        if compared:
+            title, commands = f"Ablation of {study.name}", "\n".join(study.commands)
+            study_report.write(workdir, rows, histories, study.reference, title, commands)
+    if not quiet:
+        print(arm_table(rows, study.reference if compared else None))
+        if compared:
+            print(f"\n{workdir / 'report.md'}")
+        elif len(study.arms) > 1:
+            print("\nno report: no arm is named control; --reference ARM says what to compare with")
+    return rows
+
+
+def _results(
+    workdir: Path, study: Study
+) -> tuple[list[dict[str, Any]], dict[tuple[str, int], list[dict[str, float]]]]:
+    """Returns each run's row, and the histories of those that have finished an epoch."""
     rows, histories = [], {}
     for name, arm in study.arms.items():
         for seed in arm.seeds:
@@ -133,17 +153,7 @@ def write_report(
                 rows.append(without_result(ConfigDict(arm.config.to_dict() | {"seed": seed})))
             if history := study_report.read_history(folder):
                 histories[name, seed] = history
-    compared = study.reference is not None and len(study.arms) > 1
-    if compared:
-        title, commands = f"Ablation of {study.name}", "\n".join(study.commands)
-        study_report.write(workdir, rows, histories, study.reference, title, commands)
-    if not quiet:
-        print(arm_table(rows, study.reference if compared else None))
-        if compared:
-            print(f"\n{workdir / 'report.md'}")
-        elif len(study.arms) > 1:
-            print("\nno report: no arm is named control; --reference ARM says what to compare with")
-    return rows
+    return rows, histories
 
 
 def _experiments(
@@ -237,8 +247,10 @@ def _train(workdir: Path, work: list[Work], quiet: bool) -> None:
                 name = signal.Signals(received[0]).name
                 message = f"{name}: {item.label} done; the same command continues from there"
                 raise InterruptionError(message, received[0])
-    if not any((workdir / _GROUPS).glob("*/*")):
-        shutil.rmtree(workdir / _GROUPS, ignore_errors=True)
+    # Only what is empty: another process may be about to train a group.
+    for folder in (*(workdir / _GROUPS).glob("*"), workdir / _GROUPS):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _train_item(workdir: Path, item: Work, part: Part, quiet: bool) -> None:
