@@ -193,7 +193,9 @@ def _trace(
         shape = list(leaves[i].shape)
         shape[axis] = size
         shapes.append(jax.ShapeDtypeStruct(tuple(shape), leaves[i].dtype))
-    with _unseen(), nn.intercept_methods(see):
+    # Variables may be of other dtypes than those that are made here, so none has to fit an input's.
+    standard = jax.numpy_dtype_promotion("standard")
+    with _unseen(), standard, nn.intercept_methods(see):
         # The key is made within, so that nothing of this is left in what JAX traces around it.
         jax.eval_shape(lambda *arrays: init(jax.random.key(0), *arrays), *shapes)
     return found

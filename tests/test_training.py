@@ -169,7 +169,11 @@ def test_a_run_from_before_some_keys_were_there_goes_on(finished, tmp_path, caps
         (["train.batch_size=4096"], 1, "batch_size is 4096, but there are 1257 training examples"),
         (["train.epochs=0"], 1, "train.epochs is 0, expected at least 1"),
         ([], 9, "9 devices were asked for; there are 8"),
-        (["memory.shape=(0,)"], 1, r"a dense memory has shape \(D,\), each at least 1, not \(0,\)"),
+        (
+            ["memory.shape=(0,)"],
+            1,
+            r"a dense memory has shape \(D,\) or \(S, D\), each at least 1, not \(0,\)",
+        ),
         (["memory.read=layer9"], 1, "read pattern 'layer9' matches no module of MLP"),
         (["model.num_classes=11"], 1, "num_classes is 11, but digits has 10 classes"),
         (["data.image_shape=(9,9,1)"], 1, "image_shape is .* but digits has images of"),

@@ -75,7 +75,7 @@ def words(*shape, seed=0):
 
 def test_a_dense_update_from_positions_says_how_it_pools():
     message = (
-        r"update_after matches 'block0': a dense memory is updated from an array \(3, 6, 8\), .*"
+        r"update_after matches 'block0': a memory \(5,\) is updated from an array \(3, 6, 8\), .*"
         r"ask for that with MemoryUpdate\(pool='mean'\), or .*, with pool='causal'$"
     )
     with refused(message):
