@@ -279,6 +279,7 @@ def carrying():
     return aim, build
 
 
+@pytest.mark.slow
 def test_one_program_chooses_among_all_that_can_be_read(carrying):
     aim, build = carrying
     reads, updates = layers(aim, IMAGES)

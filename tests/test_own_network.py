@@ -93,6 +93,7 @@ def test_train_reaches_it_in_its_own_words():
     assert not np.allclose(dropped, net.apply(variables, images, train=False))
 
 
+@pytest.mark.slow
 def test_it_is_trained_restored_and_evaluated(tmp_path, capsys):
     config = configs.override(own(), ["train.epochs=1"])
     loop.run(config, tmp_path / "run", 1, quiet=True)

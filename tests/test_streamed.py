@@ -205,6 +205,7 @@ def test_interrupted_streamed_run_goes_on_bit_equal(tmp_path, photographs):
     assert_same_end(whole, parts)
 
 
+@pytest.mark.slow
 def test_run_stops_at_a_damaged_image_and_goes_on_once_it_is_repaired(tmp_path):
     directory = write_folder(tmp_path / "photographs")
     config = folder(directory, "data.in_memory_mb=0.0")

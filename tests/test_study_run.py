@@ -436,6 +436,7 @@ def test_config_is_a_file_and_required(capsys, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_study_from_before_some_keys_were_there_goes_on(whole, tmp_path):
     """A run that it lacks is trained; it is refused with other values of those keys."""
     shutil.copytree(whole, tmp_path / "s")

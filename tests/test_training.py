@@ -262,6 +262,7 @@ def test_signal_saves_and_the_run_goes_on(tmp_path):
     assert_same_end(whole, parts)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_one_device_goes_on_with_eight(tmp_path):
     config = digits("aim_state", "train.epochs=3", "parallel=shard_map")
     with interrupted(19, "SIGINT: saved at step 38;", signal.SIGINT):

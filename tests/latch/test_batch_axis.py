@@ -173,6 +173,7 @@ class Chain(nn.Module):
         return nn.Dense(2, name="head")(x.mean(axis=1))
 
 
+@pytest.mark.slow
 def test_the_check_works_under_transformations_and_is_made_once(monkeypatch):
     aim = latched(Chain())
     variables = random_variables(aim, SEQUENCE)

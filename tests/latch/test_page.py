@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jax
+import pytest
 
 ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "latch.md"
@@ -24,6 +25,7 @@ def test_every_statement_names_a_test_that_exists():
             assert f"def {test}(" in source, number
 
 
+@pytest.mark.slow
 def test_code_blocks_run():
     namespace = {}
     blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)

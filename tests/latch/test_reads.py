@@ -191,6 +191,7 @@ def append_by_hand(m, h, groups=1):
     return jnp.concatenate(parts, axis=-1)
 
 
+@pytest.mark.slow
 def test_convnext_equals_the_same_network_with_the_memory_written_into_it():
     aim = AiM(
         ConvNeXt(),
@@ -219,6 +220,7 @@ class ViT(nn.Module):
         return nn.Dense(3, name="head")(x[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:read matches 'attention./key'")
 def test_vit_reads_in_query_key_and_value_and_writes_after_its_blocks():
     """By linearity what a read adds is one more bias per head, here of a memory not written yet."""

@@ -112,6 +112,7 @@ def test_a_causal_model_with_memory_sees_nothing_of_what_comes(mode):
     assert (np.abs(run(other, tokens) - expected).max(axis=-1) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_a_mean_over_positions_shows_the_future():
     """Why it has to be asked for."""
     tokens = words(B, T)
@@ -151,6 +152,7 @@ def test_random_words_cannot_be_predicted():
     assert np.mean(values[-50:]) > np.log(WORDS) - 0.01
 
 
+@pytest.mark.slow
 def test_decoding_step_by_step_is_the_full_pass():
     tokens = words(B, T)
     aim = latched()
@@ -174,6 +176,7 @@ def test_decoding_is_refused_where_it_would_differ():
         aim.apply(variables, tokens[:, :1], mutable=["cache"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["mean", "causal"])
 def test_padding_that_is_masked_changes_no_real_token(pool):
     tokens, real = words(B, T), np.ones((B, T), bool)

@@ -64,6 +64,7 @@ def test_an_attending_convolution_tells_places_apart_that_its_memory_knows():
     assert_close(aim.apply(variables, x), expected)
 
 
+@pytest.mark.slow
 def test_attending_starts_out_as_the_plain_network_with_zero_init():
     aim = latched(zero_init=True)
     variables = aim.init(KEY, X)

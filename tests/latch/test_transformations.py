@@ -101,6 +101,7 @@ def untransformed(mode, stage):
     return variables, outputs_and_gradients(aim, variables, STAGED_INPUT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["add", "concat"])
 @pytest.mark.parametrize(
     ("stage", "transformation", "inner"),

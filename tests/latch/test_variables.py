@@ -185,6 +185,7 @@ def train_step(aim, optimizer):
     return step
 
 
+@pytest.mark.slow
 def test_training_continues_bit_for_bit_from_saved_variables():
     batches, keys = draw(4, 5, 4), jax.random.split(KEY, 4)
 
