@@ -54,11 +54,11 @@ def test_learned_content_is_drawn_channel_by_channel(tmp_path, figures):  # noqa
         axis for axis in figure.axes if axis.images and axis.get_images()[0].get_array() is not None
     ]
     maps = [np.asarray(axis.images[0].get_array()) for axis in drawn]
-    assert drawn[0].get_title() == "channel 1"
+    assert drawn[0].get_title("left") == "memory\nchannel 1"
     np.testing.assert_array_equal(maps[0], content[..., 1])
     assert any(m.size == 6 and np.allclose(m.ravel(), same[0, 0]) for m in maps)
-    labels = [axis.get_ylabel() for axis in figure.axes]
-    assert "memory_initial, the same at every position" in labels
+    titles = [axis.get_title("left") for axis in figure.axes]
+    assert "memory_initial, the same at every position" in titles
 
 
 def test_what_images_write_is_drawn_beside_them(tmp_path, figures):  # noqa: F811

@@ -165,8 +165,10 @@ def plot_learned(path: Path, learned: dict[str, np.ndarray], title: str) -> None
             drawn = axis.imshow(maps[..., channel], cmap="RdBu_r", vmin=-most, vmax=most)
             axis.set_title(f"channel {channel}" if len(order) > 1 else "", fontsize=7)
         label = f"{name}, the same at every position" if same else name
-        figure.colorbar(drawn, ax=list(line), label=label)
-    figure.suptitle(title)
+        line[0].set_title(f"{label}\n{line[0].get_title()}".strip(), fontsize=7, loc="left")
+        line[0].set_title("")
+        figure.colorbar(drawn, ax=list(line))
+    figure.suptitle(title, fontsize=9)
     save_figure(figure, path)
 
 
@@ -179,7 +181,10 @@ def plot_written(path: Path, notebooks: Notebooks, classes: Sequence[str], title
     written = notebooks.written
     shown = first_of_classes(notebooks.labels, SHOWN_IMAGES)
     start = next(iter(notebooks.learned.values()))
-    rows = {"change": written[shown] - start, "own": written[shown] - written.mean(axis=0)}
+    rows = {
+        "written - learned": written[shown] - start,
+        "written - mean of all": written[shown] - written.mean(axis=0),
+    }
     figure = Figure(figsize=(1.6 * len(shown) + 1.5, 6), layout="constrained")
     axes = figure.subplots(1 + len(rows), len(shown), squeeze=False)
     for axis in axes.ravel():
@@ -195,7 +200,7 @@ def plot_written(path: Path, notebooks: Notebooks, classes: Sequence[str], title
         low, colors = (-most, "RdBu_r") if signed else (0, "viridis")
         for axis, drawn in zip(line, maps, strict=True):
             image = axis.imshow(drawn, cmap=colors, vmin=low, vmax=most)
-        figure.colorbar(image, ax=list(line), label=what)
+        figure.colorbar(image, ax=list(line)).set_label(what, fontsize=8)
     figure.suptitle(title)
     save_figure(figure, path)
 
