@@ -1,8 +1,9 @@
 """Experiment configs: loading FILE:ARM, overriding keys, saving and comparing.
 
-A config file defines `ARMS`, the names of its arms with the default first, and
-`get_config(arm)`, which returns a `ConfigDict`. Arms differ only in what they study. A file can say
-`from . import base`: that is the base.py beside it, or else configs/base.py.
+FILE is a path, or the name of a config that comes with this package: digits_mlp. A config file
+defines `ARMS`, the names of its arms with the default first, and `get_config(arm)`, which returns a
+`ConfigDict`. Arms differ only in what they study. A file can say `from . import base`: that is the
+base.py beside it, or else configs/base.py.
 """
 
 import copy
@@ -20,7 +21,13 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 
 from aim_flax.errors import UsageError, nearest
 
-_CONFIGS = Path(__file__).parents[1] / "configs"
+# Beside the package in a checkout, in it where it is installed (see pyproject.toml).
+_CONFIGS = next(
+    folder
+    for folder in (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+    if (folder / "base.py").is_file()
+)
+_NO_CONFIGS = ("base", "__init__")
 _numbers = itertools.count()
 
 
@@ -50,11 +57,29 @@ def arms(file: str) -> tuple[str, ...]:
     return tuple(_run(file).ARMS)
 
 
+def names() -> list[str]:
+    """Returns the names of the configs that come with this package."""
+    return sorted(file.stem for file in _CONFIGS.glob("*.py") if file.stem not in _NO_CONFIGS)
+
+
+def _find(file: str) -> str:
+    """Returns the path of a config file that is given by its path, or by its name.
+
+    Raises:
+      UsageError: no such file, with the nearest path and name.
+    """
+    if Path(file).is_file():
+        return file
+    if file in names():
+        return str(_CONFIGS / f"{file}.py")
+    near = Path(file).parent.glob("*.py") if Path(file).parent.is_dir() else ()
+    close = nearest(file, map(str, near)) or nearest(Path(file).stem, names())
+    raise UsageError(f"config file {file!r} not found{close}")
+
+
 def _run(file: str) -> ModuleType:
     """Returns a config file as a module."""
-    if not Path(file).is_file():
-        near = Path(file).parent.glob("*.py") if Path(file).parent.is_dir() else ()
-        raise UsageError(f"config file {file!r} not found{nearest(file, map(str, near))}")
+    file = _find(file)
     # In a package of its own: each file imports the base of its own folder, as it is now.
     package = ModuleType(f"aim_flax_config_{next(_numbers)}")
     package.__path__ = [str(Path(file).absolute().parent), str(_CONFIGS)]

@@ -4,15 +4,18 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aim_flax.errors import DataError, DivergenceError, InterruptionError, UsageError
+
+COMMAND = "aim-flax"
 
 
 class Reporter:
@@ -121,8 +124,25 @@ def fail(message: str) -> None:
     print(f"{sys.argv[0].rpartition('/')[2]}: {message}", file=sys.stderr)
 
 
+def called(script: str) -> str:
+    """Returns how a script was started: as `aim-flax COMMAND`, or by its own name."""
+    return sys.argv[0] if sys.argv[0].startswith(f"{COMMAND} ") else script
+
+
+def command_line(script: str, argv: Sequence[str]) -> str:
+    """Returns the command line that started a script with these arguments."""
+    name = called(script)
+    return shlex.join([*(["python", script] if name == script else name.split()), *argv])
+
+
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser that reports a mistake in one line."""
+    """An argument parser that reports a mistake in one line.
+
+    Its `prog` is that of the script; `aim-flax COMMAND` takes its place where that was called.
+    """
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(called(prog), **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")

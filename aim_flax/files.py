@@ -7,11 +7,13 @@ import os
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from aim_flax.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
 
 
 @contextlib.contextmanager
@@ -35,6 +37,28 @@ def writing(folder: Path) -> Iterator[None]:
         raise UsageError(f"{folder} is not writable: {error.strerror}") from None
 
 
+def check_writable(*places: Path | None) -> None:
+    """Raises UsageError unless a file can be written at each place; None: nowhere."""
+    for place in places:
+        if place is None:
+            continue
+        folder = place.absolute().parent
+        if place.is_dir():
+            raise UsageError(f"{place} is a folder, expected a file to write")
+        if not folder.is_dir():
+            raise UsageError(f"{place} can't be written: there is no folder {folder}")
+        if not os.access(folder, os.W_OK):
+            raise UsageError(f"{place} can't be written: {folder} is not writable")
+    given = [place.resolve() for place in places if place is not None]
+    if len(set(given)) < len(given):
+        raise UsageError(f"{given[0]} is asked for twice: choose another place for one of them")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with _replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     with _replacing(path) as temporary:
         temporary.write_text(text)
@@ -46,14 +70,22 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     lines = [columns, *([row[column] for column in columns] for row in rows)]
-    with _replacing(path) as temporary, temporary.open("w", newline="") as file:
+    # Names of files may have bytes that are not text; they are written as they are.
+    how = dict(newline="", encoding="utf-8", errors="surrogateescape")
+    with _replacing(path) as temporary, temporary.open("w", **how) as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a figure as PNG."""
     with _replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def save_image(image: "Image.Image", path: Path) -> None:
+    """Writes an image of Pillow as PNG."""
+    with _replacing(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 def read_json(path: Path) -> Any:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from aim_flax import config as configs
 
+DIGITS = str(Path(__file__).parents[1] / "configs" / "digits_mlp.py")
 FOLDER_CONFIG = str(Path(__file__).parents[1] / "configs" / "image_folder_resnet50.py")
 
 
@@ -57,6 +58,9 @@ class Photos:
     def name(self, index: int) -> str:
         return f"photo {index}"
 
+    def mark(self, index: int) -> bytes:
+        return f"{index} {len(self.encoded[index])}".encode()
+
 
 def write_folder(
     directory: Path, train: int = 60, val: int = 12, test: int = 21, size: tuple[int, int] = (8, 8)
@@ -71,3 +75,13 @@ def write_folder(
             (folder / f"{i:04}.png").write_bytes(encode(draw(seed, size, label)))
             seed += 1
     return directory
+
+
+def mlp(directory: Path, *assignments: str, arm: str = "control") -> ConfigDict:
+    """A network on a folder of images that compiles as quickly as possible."""
+    data = ("data.name=folder", f"data.dir={directory}", "data.image_shape=(8,8,3)")
+    network = ("data.scale=255.0", "model.features=(16,)", "model.num_classes=None")
+    sizes = ("train.batch_size=8", "eval.batch_size=8", "train.epochs=1", "train.steps_per_call=1")
+    memory = () if arm == "control" else ("memory.shape=(8,)", "memory.update_block.features=(4,)")
+    config = configs.load(f"{DIGITS}:{arm}")
+    return configs.override(config, [*data, *network, *sizes, *memory, *assignments])

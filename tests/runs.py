@@ -1,17 +1,25 @@
 """Runs of a small network on digits: their configs, and what they leave."""
 
+import contextlib
 import csv
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from aim_flax import config as configs
+from aim_flax.train import dataset_record
+from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import Experiment
+from aim_flax.train.progress import Progress
 from aim_flax.train.restore import restore_run
+from aim_flax.train.workdir import claim
+from tests.arrays import random_variables
 from tests.asserts import assert_equal
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +53,21 @@ def from_before(config: ConfigDict) -> dict:
             del part[name]
     saved["augment"] = saved["augment"] or None
     return saved
+
+
+def write_run(config: ConfigDict, workdir: Path) -> None:
+    """Makes a run with random weights, untrained: what training leaves of it, in a second."""
+    experiment = Experiment(config, 1)
+    like = experiment.abstract_state
+    images = np.zeros((1, *config.data.image_shape), np.float32)
+    variables = random_variables(experiment.model, images)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+    collections = {name: variables[name] for name in like.model_state}
+    state = zeros.replace(params=variables["params"], model_state=collections)
+    claim(workdir, experiment.config)
+    dataset_record.write(workdir, experiment.dataset.fingerprint, experiment.epoch_steps)
+    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+        checkpoints.save(0, dataclasses.asdict(Progress(best_step=0)), state)
 
 
 def write_own_network(folder: Path) -> int:

@@ -6,10 +6,12 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from aim_flax.cli import main
 from aim_flax.study import plan
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.workdir import default_workdir
@@ -24,7 +26,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 PLACES = {"NAME": "cifar10", "FILE": "configs/digits_mlp.py", "[:ARM]": ":aim", "=5000": "=6"}
 # What a program says that has understood its flags, but has nothing to work on.
 MISSING = re.compile(
-    r"^\S*: (\S+?)(?:/config\.json)? not found: |needs TensorFlow|there is no file"
+    r"^[^:]*: (\S+?)(?:/config\.json)? not found: |needs TensorFlow|there is no file"
 )
 
 
@@ -36,7 +38,9 @@ def commands(page: Path) -> list[str]:
     """Returns the commands of a page's bash blocks, and those within its text, in order."""
     text = page.read_text().replace("\\\n", "")
     lines = []
-    for block, inline in re.findall(r"```bash\n(.*?)```|`(python [^`]+)`", text, re.DOTALL):
+    for block, inline in re.findall(
+        r"```bash\n(.*?)```|`((?:python|aim-flax) [^`]+)`", text, re.DOTALL
+    ):
         lines += block.splitlines() or [inline.replace("\n", " ")]
     return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
 
@@ -66,7 +70,9 @@ def check(tmp_path, monkeypatch, capsys):
         module = argv[0] == "-m"
         monkeypatch.setattr(sys, "argv", argv[module:])
         try:
-            if module:
+            if argv[0] == "aim-flax":
+                main.main()
+            elif module:
                 monkeypatch.delitem(sys.modules, argv[1], raising=False)
                 runpy.run_module(argv[1], run_name="__main__")
             else:
@@ -89,7 +95,10 @@ def check(tmp_path, monkeypatch, capsys):
             assert named is None or set(named[1].split(",")) <= EXTRAS.keys()
             assert command.endswith(" -c constraints.txt")
             return
-        assert program == "python"
+        if program == "aim-flax":
+            argv = [program, *argv]
+        else:
+            assert program == "python"
         workdir = argv[argv.index("--workdir") + 1] if "--workdir" in argv else None
         if argv[:2] == ["-m", "pytest"]:
             files = [word for word in argv if word.startswith("tests")]
@@ -101,15 +110,19 @@ def check(tmp_path, monkeypatch, capsys):
             subprocess.run(pytest_, cwd=ROOT, check=True, capture_output=True)
         elif argv[0].startswith("benchmarks/"):
             assert (ROOT / argv[0]).is_file()
+        elif argv[0].endswith(".zip"):
+            assert argv[0] in made
         else:
             result = run([word for word in argv if word != "--describe"])
-            if argv[0] == "eval.py":
+            script = f"{argv[1]}.py" if program == "aim-flax" else argv[0]
+            if script in ("eval.py", "predict.py", "export.py"):
                 assert result == workdir
                 assert workdir in made
-            elif argv[0] == "ablate.py":
+                made.update(place for flag, place in pairwise(argv) if flag == "--to")
+            elif script == "ablate.py":
                 arms = argv[argv.index("--arms") + 1].split(",")
                 made.update(f"{workdir}/{arm}/0" for arm in arms)
-            elif argv[0] == "train.py":
+            elif script == "train.py":
                 made.add(workdir or str(default_workdir(result)))
 
     return check
@@ -137,6 +150,11 @@ ABLATE = "python ablate.py --config configs/digits_mlp.py --arms control,aim --w
         f"{ABLATE} --reference aim_state",
         f"{ABLATE} --arm slow=aim:memory.shap=(8,)",
         "python eval.py --workdir runs/x/aim/0",  # which nobody makes
+        "aim-flax predict --workdir runs/x/aim/0 DIR",
+        "aim-flax export --worksdir runs/x/aim/0",
+        "aim-flax trian --config digits_mlp",
+        "aim-flax train --config digit_mlp",
+        "python network.zip photo.png",
         f"{ABLATE} && python eval.py --workdir runs/x/aim/0 --memory al",
         "python -m aim_flax.cli.prepare cifar11",
         "python -m aim_flax.cli.table runs/x/*/* --one val",

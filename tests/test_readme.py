@@ -98,8 +98,10 @@ def test_committed_studies_are_of_whole_arms():
 
 
 def test_python_in_readme_runs():
-    # The files of a network from elsewhere are what `test_own_network.py` runs.
-    (code,) = re.findall(r"```python\n(?!# my_)(.*?)```", README, re.DOTALL)
+    # The files of a network from elsewhere are what `test_own_network.py` runs, and a Predictor is
+    # what `test_use.py` runs.
+    not_here = r"(?!# my_|from aim_flax import Predictor)"
+    (code,) = re.findall(rf"```python\n{not_here}(.*?)```", README, re.DOTALL)
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["features"].shape == (4, 28, 28, 8)

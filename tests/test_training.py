@@ -58,6 +58,7 @@ def test_run_leaves_its_files(finished):
     assert names == {
         ".lock",
         "config.json",
+        "dataset.json",
         "code_version.json",
         "metrics.csv",
         "memory_use.csv",

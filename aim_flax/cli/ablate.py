@@ -1,11 +1,10 @@
 """The command line of ablate.py: trains all arms of a study with all seeds, and reports on them."""
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 
-from aim_flax.console import CommandParser, parse_with_overrides, reporting_errors
+from aim_flax.console import CommandParser, command_line, parse_with_overrides, reporting_errors
 
 
 @reporting_errors()
@@ -39,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--reference", metavar="ARM", help="the arm to compare the others with; default: control"
     )
-    parser.add_argument("--workdir", help="default: runs/ablation-<config>")
+    parser.add_argument(
+        "--workdir", help="default: runs/ablation-<config>, for images in a folder with its name"
+    )
     parser.add_argument(
         "--seeds-per-program",
         type=_seeds_per_program,
@@ -48,10 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--devices", type=int, help="how many to use; default: all")
     parser.add_argument(
+        "--other-images",
+        action="store_true",
+        help="go on, although the images of the classes are others than so far",
+    )
+    parser.add_argument(
         "--report-only", action="store_true", help="only write the report of --workdir again"
     )
     argv = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "ablate.py", *argv])
+    command = command_line("ablate.py", argv)
     args, assignments = parse_with_overrides(parser, argv)
     if args.report_only and not args.workdir:
         parser.error("--report-only needs the --workdir of a study")
@@ -69,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arms = [name.strip() for name in args.arms.split(",")] if args.arms else []
     more = (args.derive_from, args.reference, command)
     study = plan(args.config, arms, args.seeds, args.arm, assignments, *more)
-    run(study, args.workdir, args.seeds_per_program, args.devices)
+    options = dict(other_images=args.other_images)
+    run(study, args.workdir, args.seeds_per_program, args.devices, **options)
 
 
 def _seeds_per_program(text: str) -> int | None:

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="of the new run")
     parser.add_argument(
         "--config",
-        default="configs/stanford_dogs_resnet50.py:published",
+        default="stanford_dogs_resnet50:published",
         metavar="FILE[:ARM]",
         help="default: %(default)s",
     )

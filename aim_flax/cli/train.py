@@ -17,12 +17,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARM]")
-    parser.add_argument("--workdir", help="default: runs/<config>-<arm>-<seed>")
+    parser.add_argument(
+        "--workdir",
+        help="default: runs/<config>-<arm>-<seed>, for images in a folder with its name",
+    )
     parser.add_argument("--devices", type=int, help="how many to use; default: all")
     parser.add_argument(
         "--distributed",
         action="store_true",
         help="this is one of several processes that share the work, as jax.distributed finds them",
+    )
+    parser.add_argument(
+        "--other-images",
+        action="store_true",
+        help="train on, although the images of the classes are others than so far",
     )
     parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
     args, assignments = parse_with_overrides(parser, argv)
@@ -43,4 +51,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         jax.distributed.initialize()
     devices.warn_of_wrong_results()
     place = args.workdir or workdir.default_workdir(config)
-    loop.run(config, place, args.devices, quiet=jax.process_index() > 0)
+    quiet = jax.process_index() > 0
+    loop.run(config, place, args.devices, quiet, args.other_images)

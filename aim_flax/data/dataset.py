@@ -3,11 +3,13 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from aim_flax.data.fingerprint import Fingerprint
 from aim_flax.devices import Devices
 from aim_flax.keys import data_key
 
@@ -115,6 +117,14 @@ class Dataset(abc.ABC):
     skipped: Mapping[str, set[int]]
     _train_batches: ClassVar[type[TrainBatches]]
     _eval_batches: ClassVar[type[EvalBatches]]
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """The images by their names and sizes, those that were left out among them."""
+        return self._fingerprint()
+
+    @abc.abstractmethod
+    def _fingerprint(self) -> Fingerprint: ...
 
     @abc.abstractmethod
     def first_images(self, split: str, count: int) -> np.ndarray:

@@ -41,6 +41,14 @@ class FolderRecords:
         """Returns the path."""
         return os.path.join(self.directory, self.files[index])
 
+    def mark(self, index: int) -> bytes:
+        """Returns class folder, file name and size; wherever the folder of the dataset is."""
+        try:
+            size = os.stat(self.name(index)).st_size
+        except OSError:
+            size = -1  # Reading it will tell.
+        return os.fsencode(f"{self.files[index]}\0{size}")
+
 
 def read_folder(directory: str | Path, val_fraction: float, test_fraction: float) -> EncodedDataset:
     """Finds the images of a folder by their file names; no image is read.

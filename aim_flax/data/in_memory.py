@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aim_flax.data import dataset
+from aim_flax.data import dataset, fingerprint
 from aim_flax.data.augment import augment
 from aim_flax.devices import AXIS
 from aim_flax.keys import augment_key
@@ -105,10 +105,22 @@ class InMemory(dataset.Dataset):
         classes: tuple[str, ...],
         splits: Mapping[str, Split],
         skipped: Mapping[str, set[int]] | None = None,
+        encoded: dataset.Dataset | None = None,
     ):
+        """`encoded`: the dataset that the images were decoded from, if there is one."""
         self.classes, self.splits, self.skipped = classes, splits, skipped or {}
+        self._encoded = encoded
         self.sizes = {name: len(split) for name, split in splits.items()}
         self.records = {n: size + len(self.skipped.get(n, ())) for n, size in self.sizes.items()}
+
+    def _fingerprint(self) -> fingerprint.Fingerprint:
+        if self._encoded is not None:
+            return self._encoded.fingerprint
+        pairs = {
+            name: zip(split.images, split.labels, strict=True)
+            for name, split in self.splits.items()
+        }
+        return fingerprint.of_pixels(self.classes, pairs)
 
     def first_images(self, split: str, count: int) -> np.ndarray:
         return self.splits[split].images[:count]

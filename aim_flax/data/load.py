@@ -17,6 +17,7 @@ from aim_flax.config import LEFT_OUT
 from aim_flax.data.dataset import Dataset
 from aim_flax.data.digits import load_digits
 from aim_flax.data.in_memory import InMemory, Split
+from aim_flax.data.preprocessing import decoding
 from aim_flax.data.records import SEED, EncodedDataset, Subset
 from aim_flax.errors import UsageError, nearest
 
@@ -53,7 +54,8 @@ def open_dataset(config: ConfigDict) -> Dataset:
         encoded = _mixed(_subset(_read_encoded(data), data.train_images))
         from aim_flax.data.streamed import Streamed
 
-        dataset = Streamed(encoded, shape, data.threads, data.fit, data.on_error)
+        how = decoding(data)
+        dataset = Streamed(encoded, threads=data.threads, on_error=data.on_error, **how)
     for split in dict.fromkeys(("train", config.eval.select_on, "test")):
         if not dataset.sizes.get(split):
             why = "; data.val_fraction holds out none" if split == "val" else ""
@@ -166,4 +168,4 @@ def _decode_all(dataset: "Streamed") -> InMemory:
             dataset.skip(name, np.flatnonzero(~readable).tolist())
             images, labels = images[readable], labels[readable]
         splits[name] = Split(images, labels)
-    return InMemory(dataset.classes, splits, dataset.skipped)
+    return InMemory(dataset.classes, splits, dataset.skipped, dataset)

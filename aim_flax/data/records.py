@@ -22,6 +22,9 @@ class Records(Protocol):
     def name(self, index: int) -> str:
         """Returns a name by which a person finds the record, for example its path."""
 
+    def mark(self, index: int) -> bytes:
+        """Returns what tells the record from others without reading it: its name and size."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
@@ -38,6 +41,9 @@ class Subset:
 
     def name(self, index: int) -> str:
         return self.records.name(int(self.indices[index]))
+
+    def mark(self, index: int) -> bytes:
+        return self.records.mark(int(self.indices[index]))
 
 
 @dataclasses.dataclass(frozen=True)

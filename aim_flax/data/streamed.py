@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aim_flax.data import augment_host, dataset
+from aim_flax.data import augment_host, dataset, fingerprint
 from aim_flax.data.augment import augment
 from aim_flax.data.augment_host import UNCHANGED, Change
 from aim_flax.data.images import FITS, WHOLE, ImageError, Region, load
@@ -137,6 +137,9 @@ class Streamed(dataset.Dataset):
         self.skipped: dict[str, set[int]] = {name: set() for name in dataset.splits}
         self._splits, self._fit, self._stop = dataset.splits, fit, on_error == "stop"
         self._reasons: dict[tuple[str, int], str] = {}
+
+    def _fingerprint(self) -> fingerprint.Fingerprint:
+        return fingerprint.of_records(self.classes, self._splits, self.threads)
 
     def first_images(self, split: str, count: int) -> np.ndarray:
         order = np.arange(self.sizes[split])

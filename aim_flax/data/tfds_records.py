@@ -33,11 +33,13 @@ class TfdsSplit:
       title: of the split, for messages.
       source: serialised tf.train.Example messages with random access.
       name_feature: the feature that names an example, if there is one.
+      files: names and sizes of the split's files.
     """
 
     title: str
     source: Sequence[bytes]
     name_feature: str | None
+    files: str
 
     def __len__(self) -> int:
         return len(self.source)
@@ -58,6 +60,10 @@ class TfdsSplit:
                 name = name.decode(errors="replace") if isinstance(name, bytes) else name
                 return f"{title} ({name})"
         return title
+
+    def mark(self, index: int) -> bytes:
+        """Returns the split's files, with their sizes, and the record's number."""
+        return f"{self.files}\0{index}".encode()
 
     def _features(self, index: int) -> Mapping[str, Any]:
         """Returns the features of an example as they are stored.
@@ -106,14 +112,16 @@ def read_tfds(name: str, data_dir: str | None, val_fraction: float) -> EncodedDa
     name_feature = next((n for n in _NAMES if n in features and features[n].shape == ()), None)
 
     def split(tfds_name: str) -> TfdsSplit:
-        for path in builder.info.splits[tfds_name].filepaths:
+        paths = builder.info.splits[tfds_name].filepaths
+        for path in paths:
             if not path.exists():
                 raise UsageError(
                     f"{path} is missing; move {builder.data_dir} away and run: {command}"
                 )
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         source = builder.as_data_source(tfds_name, file_format=FILE_FORMAT, deserialize_method=raw)
-        return TfdsSplit(f"{name} {tfds_name}", source, name_feature)
+        files = " ".join(f"{path.name}:{path.stat().length}" for path in paths)
+        return TfdsSplit(f"{name} {tfds_name}", source, name_feature, files)
 
     available = list(builder.info.splits)
     validation = next((s for s in _VALIDATION if s in available), None)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from scipy.stats import binomtest
 
 from aim_flax.data.dataset import EvalBatches
 from aim_flax.devices import AXIS, Devices
@@ -46,6 +45,9 @@ class Evaluation:
 
     def accuracy_interval(self) -> tuple[float, float]:
         """Returns the 95 % Wilson score interval of the accuracy."""
+        # Imported here because it takes a second, which whoever only predicts doesn't need.
+        from scipy.stats import binomtest
+
         interval = binomtest(self.correct, self.count).proportion_ci(0.95, method="wilson")
         return float(interval.low), float(interval.high)
 

@@ -25,10 +25,11 @@ from aim_flax.study.plan import NOT_RECORDED, Study, format_ranges
 from aim_flax.study.record import SECONDS_TO_WAIT, STUDY, add, merge, read_study
 from aim_flax.study.results import read_run, without_result
 from aim_flax.study.table import arm_table
-from aim_flax.train import loop, signals
+from aim_flax.train import dataset_record, loop, signals
 from aim_flax.train.experiment import Experiment
+from aim_flax.train.loop import check_dataset
 from aim_flax.train.together import check_together, train_together, unfinished_group
-from aim_flax.train.workdir import check_claim, held, mark_diverged
+from aim_flax.train.workdir import check_claim, dataset_label, differences, held, mark_diverged
 
 _GROUPS = ".groups"
 _SECONDS_BETWEEN_LINES = 5.0
@@ -62,6 +63,7 @@ def run(
     seeds_per_program: int | None = None,
     device_count: int | None = None,
     quiet: bool = False,
+    other_images: bool = False,
 ) -> list[dict[str, Any]]:
     """Trains every arm with every seed that is not trained yet, and writes the study's report.
 
@@ -71,11 +73,13 @@ def run(
 
     Args:
       planned: what to train, see `plan.plan`.
-      workdir: the study's directory; None: runs/ablation-<the config's name>.
+      workdir: the study's directory; None: `default_workdir`'s.
       seeds_per_program: how many seeds of an arm to train as one program; None: all, where
         `fits_together` says so, and otherwise each alone.
       device_count: how many devices to use; None for all.
       quiet: print no progress and no results.
+      other_images: go on with other images of the same classes than the study's runs were trained
+        on, see `dataset_record.check`.
 
     Returns:
       A row of `results.COLUMNS` for each run of the study.
@@ -88,16 +92,34 @@ def run(
     """
     if seeds_per_program is not None and seeds_per_program < 1:
         raise UsageError(f"seeds per program: {seeds_per_program}, expected at least 1, or auto")
-    workdir = Path(workdir if workdir is not None else f"runs/ablation-{planned.name}")
-    merge(workdir, planned)  # raises before anything is written
-    experiments = _experiments(workdir, planned, device_count, seeds_per_program)
+    workdir = Path(workdir) if workdir is not None else default_workdir(planned)
+    whole = merge(workdir, planned)  # raises before anything is written
+    options = (device_count, seeds_per_program, other_images)
+    experiments = _experiments(workdir, planned, whole, *options)
     add(workdir, planned)
     work = []
     for name, arm in planned.arms.items():
         # From here on only the work holds the experiment, so its programs are freed with it.
         work += _work(workdir, experiments.pop(name), arm.seeds, seeds_per_program)
-    _train(workdir, work, quiet)
+    _train(workdir, work, quiet, other_images)
     return write_report(workdir, quiet=quiet)
+
+
+def default_workdir(planned: Study) -> Path:
+    """Returns runs/ablation-<config>, with `workdir.dataset_label` behind it.
+
+    A study that an earlier version began there without the label, on the same folder, goes on.
+    """
+    before = Path(f"runs/ablation-{planned.name}")
+    label = _dataset_label(planned)
+    there = read_study(before) if label and (before / STUDY).is_file() else None
+    if not label or (there is not None and _dataset_label(there) == label):
+        return before
+    return before.with_name(before.name + label)
+
+
+def _dataset_label(study: Study) -> str:
+    return dataset_label(next(iter(study.arms.values())).config)
 
 
 def write_report(
@@ -157,9 +179,18 @@ def _results(
 
 
 def _experiments(
-    workdir: Path, study: Study, device_count: int | None, seeds_per_program: int | None
+    workdir: Path,
+    study: Study,
+    whole: Study,
+    device_count: int | None,
+    seeds_per_program: int | None,
+    other_images: bool,
 ) -> dict[str, Experiment]:
     """Returns the arms' experiments; those with the same images share them in memory.
+
+    Args:
+      study: what is planned.
+      whole: that and what the workdir has.
 
     Raises:
       UsageError: an arm can't be run, or the workdir of a run holds something else.
@@ -178,12 +209,30 @@ def _experiments(
                 check_together(experiment)
             except UsageError as error:
                 raise UsageError(f"arm {name}: {error}; leave --seeds-per-program out") from None
+        _check_dataset(workdir, whole, experiment, other_images)
         for seed in arm.seeds:
             check_claim(_folder(workdir, name, seed), experiment.with_seed(seed).config)
         if isinstance(experiment.dataset, InMemory):
             shared[images] = experiment.dataset
         experiments[name] = experiment
     return experiments
+
+
+def _check_dataset(workdir: Path, study: Study, experiment: Experiment, other_images: bool) -> None:
+    """Raises UsageError if an arm would be trained on other images than the study's runs were.
+
+    Of the study's other arms a run counts where they take the same part of the same dataset.
+    """
+    config, found = experiment.config, experiment.dataset.fingerprint
+    for name, arm in study.arms.items():
+        folders = [_folder(workdir, name, seed) for seed in arm.seeds]
+        if name == config.arm:
+            for folder in folders:
+                check_dataset(folder, experiment, other_images)
+        elif not differences(*(ConfigDict({"data": c.data}) for c in (arm.config, config))):
+            for folder in [folder for folder in folders if dataset_record.exists(folder)][:1]:
+                # Its epochs may have another number of batches.
+                dataset_record.check(folder, config, found, None, other_images)
 
 
 def _work(
@@ -226,7 +275,7 @@ def fits_together(experiment: Experiment) -> bool:
     return "conv_general_dilated" not in str(trace(jax.random.key(0), image))
 
 
-def _train(workdir: Path, work: list[Work], quiet: bool) -> None:
+def _train(workdir: Path, work: list[Work], quiet: bool, other_images: bool) -> None:
     """Does the work in order, and takes each item off the list."""
     total, done = sum(item.steps for item in work), 0
     reporter = Reporter(total, 0, quiet, _SECONDS_BETWEEN_LINES)
@@ -236,7 +285,7 @@ def _train(workdir: Path, work: list[Work], quiet: bool) -> None:
             item = work.pop(0)
             part = Part(reporter, item.label, done, len(item.seeds), received)
             try:
-                _train_item(workdir, item, part, quiet)
+                _train_item(workdir, item, part, quiet, other_images)
             except BusyError as error:
                 part.say(f"{item.label} left out: {error}")
             # Steps that another process did, or early stopping saved, took no time here.
@@ -253,21 +302,21 @@ def _train(workdir: Path, work: list[Work], quiet: bool) -> None:
             folder.rmdir()
 
 
-def _train_item(workdir: Path, item: Work, part: Part, quiet: bool) -> None:
+def _train_item(workdir: Path, item: Work, part: Part, quiet: bool, other_images: bool) -> None:
     arm = item.experiment.config.arm
     folders = [_folder(workdir, arm, seed) for seed in item.seeds]
     if all(map(_is_done, folders)):
         return  # another process has trained them meanwhile
     if len(item.seeds) > 1:
         group = workdir / _GROUPS / arm / str(item.seeds[0])
-        train_together(item.experiment, item.seeds, folders, group, part)
+        train_together(item.experiment, item.seeds, folders, group, part, other_images)
         return
     run = item.experiment.with_seed(item.seeds[0])
     if not isinstance(run.dataset, InMemory):
         # The dataset notes which images can't be read, so each run needs one of its own.
         run = Experiment(run.config, run.devices.count)
     try:
-        loop.train(run, folders[0], quiet, part)
+        loop.train(run, folders[0], quiet, part, other_images)
     except DivergenceError as error:
         mark_diverged(folders[0], error.step)
         part.say(f"{run.config.name}:{item.label}: {error}")

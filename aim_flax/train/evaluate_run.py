@@ -13,19 +13,26 @@ from ml_collections import ConfigDict
 from aim_flax import files
 from aim_flax.config import override
 from aim_flax.data.dataset import EvalBatches
-from aim_flax.data.load import load_dataset
+from aim_flax.data.fingerprint import changes
+from aim_flax.data.load import decode_if_small, open_dataset, with_classes
 from aim_flax.devices import Devices
 from aim_flax.errors import UsageError
 from aim_flax.evaluate import effects, report
 from aim_flax.evaluate import memory_pictures as pictures
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
 from aim_flax.evaluate.interventions import Choosable, intervene, layers
+from aim_flax.train import dataset_record
 from aim_flax.train.restore import Restored, restore_run
 
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A checkpoint of a run and the split to evaluate it on; `variables` are replicated."""
+    """A checkpoint of a run and the split to evaluate it on; `variables` are replicated.
+
+    Attributes:
+      other_images: how many of the split's images are new to the run's split, and how many of that
+        are gone; None if they are the run's own, or it is from before that was recorded.
+    """
 
     restored: Restored
     split: str
@@ -33,6 +40,7 @@ class _Opened:
     devices: Devices
     batches: EvalBatches
     variables: dict[str, Any]
+    other_images: dict[str, int] | None
 
     def build(self, model: nn.Module | Choosable) -> Callable[[dict[str, Any]], Evaluation]:
         """Returns a function that evaluates a network with given variables added to the
@@ -47,16 +55,32 @@ class _Opened:
 
 
 def _open(
-    restored: Restored, split: str, device_count: int | None, overrides: Sequence[str]
+    workdir: Path,
+    restored: Restored,
+    split: str,
+    device_count: int | None,
+    overrides: Sequence[str],
 ) -> _Opened:
     config = override(restored.config, overrides)
-    dataset = load_dataset(config)
+    dataset = open_dataset(config)
     if split not in dataset.sizes:
         raise UsageError(f"no split {split!r}; there are: {', '.join(dataset.sizes)}")
+    recorded = dataset_record.read(workdir)
+    if recorded is not None:
+        dataset_record.check_classes(workdir, recorded.classes, config, dataset.classes)
+    with_classes(config, dataset.classes)
+    changed = recorded and changes(recorded, dataset.fingerprint).get(split)
+    if changed:
+        print(f"not the images of the run: {dataset_record.described({split: changed})}")
+    elif recorded is None and not any(text.startswith("data.") for text in overrides):
+        # A run from before gets its record; but not of images that it may never have seen.
+        dataset_record.write(workdir, dataset.fingerprint)
+    dataset = decode_if_small(dataset, config)
     devices = Devices(config.parallel, device_count)
     batches = dataset.eval_batches(devices, split, config.eval.batch_size, config.data.scale)
     variables = devices.replicate(restored.variables)
-    return _Opened(restored, split, dataset.classes, devices, batches, variables)
+    other = {"new": changed.new, "gone": changed.gone} if changed else None
+    return _Opened(restored, split, dataset.classes, devices, batches, variables, other)
 
 
 def evaluate_run(
@@ -81,7 +105,8 @@ def evaluate_run(
       memory, at: how and where the memory is altered, see `interventions.intervene`.
 
     Raises:
-      UsageError: as `restore_run` and `intervene` do; no such split or number of devices.
+      UsageError: as `restore_run` and `intervene` do; no such split or number of devices; the
+        dataset has other classes than the run. Other images of the same classes are told in a line.
     """
     workdir = Path(workdir)
     restored = restore_run(workdir, checkpoint)
@@ -91,7 +116,7 @@ def evaluate_run(
         model = intervene(model, memory, at)
         layers(model, _images(restored.config))  # raises before data are loaded
         altered, suffix = f", with altered memory ({memory} {where})", f"_{memory}"
-    opened = _open(restored, split, device_count, overrides)
+    opened = _open(workdir, restored, split, device_count, overrides)
     evaluation = opened.build(model)({})
     low, high = evaluation.accuracy_interval()
     classes = report.per_class(evaluation, opened.classes)
@@ -103,6 +128,7 @@ def evaluate_run(
         "at": at,
         "examples": evaluation.count,
         "skipped": evaluation.skipped,
+        "other_images": opened.other_images,
         "loss": evaluation.loss,
         "accuracy": evaluation.accuracy,
         "accuracy_low": low,
@@ -145,7 +171,7 @@ def evaluate_interventions(
     restored = restore_run(workdir, checkpoint)
     # Raises before data are loaded.
     plan = effects.plan(restored.model, _images(restored.config), at, per_layer)
-    opened = _open(restored, split, device_count, overrides)
+    opened = _open(workdir, restored, split, device_count, overrides)
     measured = effects.measure(plan, opened.build)
     where = "" if at == ".*" else f", reads and updates that match {at!r}"
     context = {
@@ -155,6 +181,7 @@ def evaluate_interventions(
         "at": at,
         "examples": measured.keep.count,
         "skipped": measured.keep.skipped,
+        "other_images": opened.other_images,
     }
     with files.writing(workdir):
         report.write_effects(
@@ -183,9 +210,14 @@ def picture_memory(
     restored = restore_run(workdir, checkpoint)
     if restored.config.memory is None:
         raise UsageError(f"{workdir} has no memory to draw: its network is plain")
-    opened = _open(restored, split, device_count, overrides)
+    opened = _open(workdir, restored, split, device_count, overrides)
     notebooks = pictures.collect(restored.model, opened.devices, opened.batches, opened.variables)
-    context = {"split": split, "checkpoint": checkpoint, "step": restored.step}
+    context = {
+        "split": split,
+        "checkpoint": checkpoint,
+        "step": restored.step,
+        "other_images": opened.other_images,
+    }
     with files.writing(workdir):
         written = pictures.write(workdir, notebooks, opened.classes, context, opened.title)
     print(f"{workdir}, step {restored.step}, {len(notebooks.labels)} images: {', '.join(written)}")

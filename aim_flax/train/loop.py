@@ -23,7 +23,7 @@ from aim_flax.console import Part, Reporter
 from aim_flax.devices import any_process
 from aim_flax.errors import DataError, DivergenceError
 from aim_flax.files import read_json
-from aim_flax.train import report
+from aim_flax.train import dataset_record, report
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.optimizer import should_stop
@@ -37,7 +37,11 @@ _EPOCH_SHOWN = ("train_loss", "train_accuracy", "val_accuracy")
 
 
 def run(
-    config: ConfigDict, workdir: str | Path, device_count: int | None = None, quiet: bool = False
+    config: ConfigDict,
+    workdir: str | Path,
+    device_count: int | None = None,
+    quiet: bool = False,
+    other_images: bool = False,
 ) -> dict[str, Any]:
     """Trains the network of a config, or continues the workdir's run where it stopped.
 
@@ -46,6 +50,7 @@ def run(
       workdir: a directory for this run alone; created if it does not exist.
       device_count: how many devices to use; None for all.
       quiet: print no progress.
+      other_images: train on with other images of the same classes, see `dataset_record.check`.
 
     Returns:
       What it writes to `summary.json`.
@@ -57,18 +62,27 @@ def run(
       DataError: an image can't be read; the state is saved.
       InterruptionError: SIGTERM or Ctrl-C; the state is saved.
     """
-    return train(Experiment(config, device_count), Path(workdir), quiet)
+    experiment = Experiment(config, device_count)
+    return train(experiment, Path(workdir), quiet, other_images=other_images)
 
 
 def train(
-    experiment: Experiment, workdir: Path, quiet: bool, part: Part | None = None
+    experiment: Experiment,
+    workdir: Path,
+    quiet: bool,
+    part: Part | None = None,
+    other_images: bool = False,
 ) -> dict[str, Any]:
     """Does what `run` does, for an experiment that is already built.
 
     Args:
       part: reports on progress, where the run is part of longer work.
     """
+    note = check_dataset(workdir, experiment, other_images)
     claim(workdir, experiment.config)
+    dataset_record.write(workdir, experiment.dataset.fingerprint, experiment.epoch_steps)
+    if note and not quiet:
+        print(note, flush=True)
     summary = workdir / "summary.json"
     if not summary.is_file():
         with held(workdir), Reporter(experiment.total_steps, 0, quiet) as reporter:
@@ -79,6 +93,12 @@ def train(
     if not quiet:
         print(f"{workdir} holds this run, finished")
     return read_json(summary)
+
+
+def check_dataset(workdir: Path, experiment: Experiment, other_images: bool) -> str | None:
+    """Does what `dataset_record.check` does, for an experiment."""
+    found, steps = experiment.dataset.fingerprint, experiment.epoch_steps
+    return dataset_record.check(workdir, experiment.config, found, steps, other_images)
 
 
 class Loop:

@@ -16,8 +16,9 @@ import jax
 from aim_flax.console import Part
 from aim_flax.errors import UsageError
 from aim_flax.files import read_json, write_json
+from aim_flax.train import dataset_record
 from aim_flax.train.experiment import Experiment
-from aim_flax.train.loop import Loop
+from aim_flax.train.loop import Loop, check_dataset
 from aim_flax.train.workdir import claim, held
 
 _SEEDS = "seeds_together.json"
@@ -39,6 +40,7 @@ def train_together(
     workdirs: Sequence[Path],
     folder: Path,
     part: Part,
+    other_images: bool = False,
 ) -> None:
     """Trains runs that differ only in their seed, or continues them where they stopped.
 
@@ -51,6 +53,7 @@ def train_together(
       folder: holds the group's checkpoints until it is done, and is then deleted; the checkpoints
         of another group there are deleted first.
       part: reports on progress.
+      other_images: as for `loop.run`.
 
     Raises:
       UsageError: `check_together`'s, or a workdir holds something else, or another process is at
@@ -61,7 +64,10 @@ def train_together(
     runs = [experiment.with_seed(seed) for seed in seeds]
     with contextlib.ExitStack() as stack:
         for run, workdir in zip(runs, workdirs, strict=True):
+            if note := check_dataset(workdir, run, other_images):
+                part.say(note)
             claim(workdir, run.config)
+            dataset_record.write(workdir, run.dataset.fingerprint, run.epoch_steps)
             stack.enter_context(held(workdir))
         if unfinished_group(folder) != list(seeds):
             shutil.rmtree(folder, ignore_errors=True)

@@ -3,7 +3,9 @@
 import contextlib
 import importlib.metadata
 import os
+import re
 import subprocess
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +25,25 @@ NOT_OF_THE_RUN = ("data.dir", "data.threads")
 
 
 def default_workdir(config: ConfigDict) -> Path:
-    return Path("runs") / f"{config.name}-{config.arm}-{config.seed}"
+    """Returns runs/<config>-<arm>-<seed>, with `dataset_label` before the arm.
+
+    A run that an earlier version began there without the label, on the same folder, goes on.
+    """
+    before = Path("runs") / f"{config.name}-{config.arm}-{config.seed}"
+    label, saved = dataset_label(config), before / "config.json"
+    if not label or (saved.is_file() and dataset_label(ConfigDict(read_json(saved))) == label):
+        return before
+    return Path("runs") / f"{config.name}{label}-{config.arm}-{config.seed}"
+
+
+def dataset_label(config: ConfigDict) -> str:
+    """Returns "-<folder>-<checksum of where it is>", which tells folders of images apart in the
+    names of workdirs; "" for a dataset that the config names by itself."""
+    if config.data.name != "folder" or not config.data.dir:
+        return ""
+    folder = Path(config.data.dir).expanduser().resolve()
+    name = re.sub(r"[^\w.-]+", "_", folder.name)[:32]
+    return f"-{name}-{zlib.crc32(os.fsencode(folder)):08x}"[:-4]
 
 
 def versions() -> dict[str, str]:

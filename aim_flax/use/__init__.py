@@ -1,0 +1,1 @@
+"""Using a trained network: predictions, and files of it for other programs."""
