@@ -183,6 +183,7 @@ LEFT_OUT = flatten(
             },
             "learning_rate_scale": 1.0,
         },
+        "train": {"balance": "none"},
     }
 )
 

@@ -1,4 +1,4 @@
-"""What a run prints while it works: a progress bar on a terminal, plain lines elsewhere."""
+"""What a run tells while it works: a progress bar on a terminal, plain lines elsewhere, a file."""
 
 import argparse
 import contextlib
@@ -8,30 +8,110 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aim_flax.errors import DataError, DivergenceError, InterruptionError, UsageError
+from aim_flax.files import write_json
 
 COMMAND = "aim-flax"
+_SECONDS_BETWEEN_FILES = 10.0
+
+
+class Pace:
+    """How far work of `total` steps is, and how long the rest takes if it goes on like that.
+
+    Attributes:
+      step: where the work is.
+    """
+
+    def __init__(self, total: int, start: int):
+        self.step, self._total = start, total
+        # What this process has done since `_started`.
+        self._done, self._began, self._started = 0, time.monotonic(), None
+
+    def skip_to(self, step: int) -> None:
+        """Goes to a step that this process did not work for, so it tells nothing of its speed."""
+        self.step = step
+
+    def advance(self, step: int) -> None:
+        """Goes to a step that was just done."""
+        if self._started is None:
+            # Not before the first call, whose time is mostly compilation.
+            self._started = time.monotonic()
+        else:
+            self._done += step - self.step
+        self.step = step
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None before there is anything to judge by."""
+        if not self._done:
+            return None
+        return (time.monotonic() - self._started) / self._done * (self._total - self.step)
+
+    @property
+    def seconds(self) -> float:
+        """Since this process began."""
+        return time.monotonic() - self._began
+
+
+class ProgressFile:
+    """A JSON file that says how far work is, for people and programs that watch it.
+
+    It has `step`, `steps`, `share` (0 to 1), `hours` so far and `hours_left`, None before that can
+    be judged. It is written at most every ten seconds, and when it is told to.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._written = path, -float("inf")
+
+    def write(
+        self, pace: Pace, steps: int, now: bool = False, seconds: float | None = None, **more: Any
+    ) -> None:
+        """Writes it, if it is time to.
+
+        Args:
+          now: write it in any case.
+          seconds: what `hours` says; None: those of this process.
+          **more: what else to say, which comes first.
+        """
+        if not now and time.monotonic() - self._written < _SECONDS_BETWEEN_FILES:
+            return
+        self._written = time.monotonic()
+        seconds = pace.seconds if seconds is None else seconds
+        left = 0.0 if pace.step >= steps else pace.seconds_left
+        where = {"step": pace.step, "steps": steps, "share": round(pace.step / steps, 4)}
+        hours = {"hours": round(seconds / 3600, 4)}
+        hours["hours_left"] = None if left is None else round(left / 3600, 4)
+        write_json(self._path, more | where | hours)
 
 
 class Reporter:
     """Reports on work of `total` steps; with `quiet`, prints only what `say` is told.
 
-    Where the output is not a terminal, lines come at least `seconds` apart.
+    Where the output is not a terminal, lines come at least `seconds` apart. A `file` says the same,
+    quiet or not.
     """
 
-    def __init__(self, total: int, start: int, quiet: bool = False, seconds: float = 0.5):
+    def __init__(
+        self,
+        total: int,
+        start: int,
+        quiet: bool = False,
+        seconds: float = 0.5,
+        file: Path | None = None,
+    ):
         self._total, self._seconds = total, seconds
+        self._file = None if file is None else ProgressFile(file)
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
         self._progress = None
         self.quiet = quiet
         self._last_line = -float("inf")
-        # Where the work is, and what of it this process has done since `_started`.
-        self._step, self._done, self._started = start, 0, None
+        self._pace = Pace(total, start)
         if self._console.is_terminal and not quiet:
             self._progress = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -60,30 +140,25 @@ class Reporter:
 
     def skip_to(self, step: int) -> None:
         """Goes to a step that this process did not work for, so it tells nothing of its speed."""
-        self._step = step
+        self._pace.skip_to(step)
 
     def advance(self, step: int, metrics: dict[str, float], label: str = "") -> None:
         """Goes to a step that was just done, and shows it if it is time for a line."""
         shown = [f"{name} {value:.4f}" for name, value in metrics.items()]
         description = " ".join([label, *shown] if label else shown)
+        self._pace.advance(step)
+        if self._file:
+            self._file.write(self._pace, self._total, step == self._total, at=label)
         if self._progress:
             self._progress.update(self._task, completed=step, description=description)
             return
         now = time.monotonic()
-        if self._started is None:
-            # Not before the first call, whose time is mostly compilation.
-            self._started = now
-        else:
-            self._done += step - self._step
-        self._step = step
         due = now - self._last_line >= self._seconds or step == self._total
         if self.quiet or not due:
             return
         self._last_line = now
-        left = ""
-        if self._done:
-            seconds = (now - self._started) / self._done * (self._total - step)
-            left = f", {seconds:.0f} s left"
+        seconds = self._pace.seconds_left
+        left = "" if seconds is None else f", {seconds:.0f} s left"
         print(f"step {step}/{self._total}: {description}{left}", flush=True)
 
 

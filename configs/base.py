@@ -137,6 +137,9 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     # Most steps in one compiled call, within an epoch. On a GPU 50 are quicker, where data is in
     # memory; XLA on CPU computes convolutions in loops several times slower.
     config.train.steps_per_call = 1
+    # Of uneven classes: weights (rare ones count more in the loss) or sampling (all come equally
+    # often).
+    config.train.balance = "none"
     config.train.checkpoint_minutes = 10.0  # between checkpoints; also at the end, and on a signal
 
     config.eval = ConfigDict()

@@ -55,6 +55,9 @@ class Photos:
     def read(self, index: int) -> tuple[bytes, int]:
         return self.encoded[index], self.labels[index]
 
+    def label(self, index: int) -> int:
+        return self.labels[index]
+
     def name(self, index: int) -> str:
         return f"photo {index}"
 

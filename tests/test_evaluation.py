@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 from flax import linen as nn
+from matplotlib.figure import Figure
 
 from aim_flax import AiM, Memory, intervene
 from aim_flax import config as configs
@@ -383,25 +384,43 @@ def history_of(uses, epochs=3):
 @pytest.mark.parametrize("count", [1, 49])
 def test_memory_use_has_a_bar_per_layer(tmp_path, monkeypatch, count):
     figures = []
-    monkeypatch.setattr(run_report, "save_figure", lambda figure, path: figures.append(figure))
+    draw = Figure.draw_without_rendering
+    monkeypatch.setattr(run_report, "save_figure", lambda f, _: figures.append(f) or draw(f))
     history = history_of({})
     names = [f"layer{i}" for i in range(count)]
     for row in history:
         row["memory_use"] = {
             **{f"read {n}": {"share": i + row["epoch"], "own": 2.0} for i, n in enumerate(names)},
             "read last": {"share": 1.0, "own": 0.0},
+            "read none": {"share": 0.0, "own": 1.0},
             "update layer0": {"share": 1.0, "own": 4.0},
         }
     run_report.plot_memory_use(tmp_path / "x.png", history, "title", step=20)
     bars, lines, updates, _ = figures[0].axes
-    assert [label.get_text() for label in bars.get_yticklabels()] == [*names, "last"]
-    widths = [bar.get_width() for bar in bars.patches]
-    assert widths[:-1] == [(i + 2) / 2 for i in range(count)]
-    assert [text.get_text() for text in bars.texts] == [" no share: own norm is 0"]
+    assert [label.get_text() for label in bars.get_yticklabels()] == [*names, "last", "none"]
+
+    def ends(axis):
+        """Where bars end; all begin at 1, where both sides are equal."""
+        assert {bar.get_x() for bar in axis.patches} <= {1}
+        return [1 + bar.get_width() for bar in axis.patches]
+
+    assert ends(bars) == [(i + 2) / 2 for i in range(count)]
+    # What is nothing is told from what cannot be measured.
+    shown = [f"{ratio:.2g}" for ratio in ends(bars)]
+    assert [t.get_text() for t in bars.texts] == [*shown, "no multiple: its own norm is 0", "0"]
     assert lines.lines[0].get_ydata().tolist() == [0.5, 1.0, 1.5]
-    assert [bar.get_width() for bar in updates.patches] == [0.25]
+    assert ends(updates) == [0.25]
+    # Bars and lines of 0.25 are as visible as those of 25: by factors.
+    for axis, low, high in ((bars, 0.5, (count + 1) / 2), (updates, 0.25, 1)):
+        assert axis.get_xscale() == "log"
+        left, right = axis.get_xlim()
+        assert left < low <= high < right
+    assert lines.get_yscale() == "log"
+    for axis in (bars.xaxis, lines.yaxis):
+        labels = [label.get_text() for label in axis.get_ticklabels() if label.get_text()]
+        assert labels == [f"{float(label):g}" for label in labels] != []
     run_report.plot_memory_use(tmp_path / "x.png", history, "title")
-    assert figures[1].axes[0].patches[0].get_width() == 1.5
+    assert ends(figures[1].axes[0])[0] == 1.5
 
 
 def test_shares_of_nothing_are_no_events(tmp_path, caplog, capsys):

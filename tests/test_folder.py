@@ -25,6 +25,7 @@ def make(root: Path, *paths: str) -> Path:
 
 def contents(records) -> list[tuple[str, int]]:
     read = [records.read(i) for i in range(len(records))]
+    assert [records.label(i) for i in range(len(records))] == [label for _, label in read]
     return [(encoded.decode(), label) for encoded, label in read]
 
 

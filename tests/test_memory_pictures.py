@@ -54,11 +54,11 @@ def test_learned_content_is_drawn_channel_by_channel(tmp_path, figures):  # noqa
         axis for axis in figure.axes if axis.images and axis.get_images()[0].get_array() is not None
     ]
     maps = [np.asarray(axis.images[0].get_array()) for axis in drawn]
-    assert drawn[0].get_title("left") == "memory\nchannel 1"
+    assert drawn[0].get_title() == "channel 1"
     np.testing.assert_array_equal(maps[0], content[..., 1])
     assert any(m.size == 6 and np.allclose(m.ravel(), same[0, 0]) for m in maps)
-    titles = [axis.get_title("left") for axis in figure.axes]
-    assert "memory_initial, the same at every position" in titles
+    labels = [part.get_suptitle() for part in figure.subfigs]
+    assert "memory_initial: what was learned, the same at every position" in labels
 
 
 def test_what_images_write_is_drawn_beside_them(tmp_path, figures):  # noqa: F811
@@ -81,7 +81,6 @@ def run(tmp_path_factory, standard_promotion, quick_compile):
     return workdir
 
 
-@pytest.mark.slow
 def test_eval_draws_the_memory_of_a_run(run, capsys, monkeypatch):
     seen = {}
     monkeypatch.setattr(

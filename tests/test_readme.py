@@ -14,7 +14,7 @@ from aim_flax.files import write_csv, write_json
 from aim_flax.study import results
 from aim_flax.study import table as study_table
 from aim_flax.train import workdir
-from tests.asserts import refused
+from tests.asserts import fails, refused
 from tests.photos import write_folder
 from tests.runs import ROOT, read_csv, read_json
 
@@ -193,6 +193,26 @@ def test_table_on_the_validation_split(tmp_path, capsys):
     with pytest.raises(SystemExit):
         table_command.main(command)
     assert "arm a seed 1 picked its best epoch on test: it has no" in capsys.readouterr().err
+
+
+def test_table_of_another_measure(tmp_path, capsys):
+    folder = run(tmp_path, "a", 0, 0.5)
+    command = [str(folder), "--measure", "macro_f1"]
+    summary = read_json(folder / "summary.json") | {"test_macro_f1": 0.125}
+    write_json(folder / "summary.json", summary)
+    table_command.main(command)
+    header, _, line = capsys.readouterr().out.splitlines()
+    assert "| test macro F1, mean" in header
+    assert line == "| `a` | 1 | 9 | 12.50 % |"
+    told = fails(capsys, table_command.main, *command, "--on", "val")
+    assert "--on val has accuracies only: leave out --measure macro_f1" in told
+    # A summary from before.
+    del summary["test_macro_f1"], summary["test_balanced_accuracy"]
+    write_json(folder / "summary.json", summary)
+    table_command.main([str(folder)])
+    assert "| `a` | 1 | 9 | 50.00 % |" in capsys.readouterr().out
+    told = fails(capsys, table_command.main, *command)
+    assert "arm a seed 0 has no test macro F1: it was trained before that was noted" in told
 
 
 def test_comparison_is_paired_by_seed_and_corrected():

@@ -20,6 +20,9 @@ class Letters:
     def read(self, index: int) -> tuple[bytes, int]:
         return self.letters[index].encode(), index
 
+    def label(self, index: int) -> int:
+        return index
+
     def name(self, index: int) -> str:
         return self.letters[index]
 
@@ -29,6 +32,7 @@ def test_subset_is_those_records_in_that_order():
     assert len(subset) == 3
     assert [subset.read(i) for i in range(3)] == [(b"d", 3), (b"a", 0), (b"e", 4)]
     assert [subset.name(i) for i in range(3)] == ["d", "a", "e"]
+    assert [subset.label(i) for i in range(3)] == [3, 0, 4]
     again = Subset(subset, np.array([2, 1]))
     assert [again.name(i) for i in range(2)] == ["e", "a"]
 

@@ -14,9 +14,10 @@ from aim_flax.train.report import HISTORY_COLUMNS, write_metrics
 from tests.asserts import refused
 from tests.runs import read_csv
 from tests.test_comparison import recorded
+from tests.test_plots import figures  # noqa: F401
 
 COMMAND = "python ablate.py --config configs/digits_mlp.py --arms half,eighth --seeds 20"
-FILES = {"results.csv", "report.md", "curves.png", "differences.png"}
+FILES = {"results.csv", "report.md", "report.html", "curves.png", "differences.png"}
 
 
 def history(epochs, seed=0):
@@ -168,7 +169,7 @@ def test_mean_curve_is_scipys():
     assert half is None
 
 
-def test_no_mean_is_drawn_over_the_runs_that_are_left(tmp_path, monkeypatch):
+def test_no_mean_is_drawn_over_the_runs_that_are_left(tmp_path, figures):  # noqa: F811
     """Runs of 3, 5 and 4 epochs, by early stopping, and one that diverged in epoch 2."""
     rows = recorded("planted")[:24]
     rows[3] = failed(rows[3], "diverged at step 30")
@@ -180,10 +181,6 @@ def test_no_mean_is_drawn_over_the_runs_that_are_left(tmp_path, monkeypatch):
         ]
         for seed, curve in enumerate(curves)
     }
-    figures = []
-    monkeypatch.setattr(
-        study_report.files, "save_figure", lambda figure, path: figures.append(figure)
-    )
     write(tmp_path, [*rows[:4], *rows[20:]], histories)
     axis = figures[0].axes[0]
     lines = [line.get_xydata().tolist() for line in axis.get_lines()]
@@ -192,6 +189,40 @@ def test_no_mean_is_drawn_over_the_runs_that_are_left(tmp_path, monkeypatch):
     assert single == [[[3, 0.3]], [[3, 0.5], [4, 0.6], [5, 0.7]], [[3, 0.4], [4, 0.9]]]
     assert diverged == cross == [[1, 0.05]]
     assert axis.collections[0].get_paths()[0].vertices[:, 0].max() == 3
+
+
+def test_bands_end_where_accuracies_and_losses_do(tmp_path, figures):  # noqa: F811
+    """Of two runs at 0 and 1 the interval is far wider than that."""
+    rows = recorded("planted")[:2] + recorded("planted")[20:22]
+    histories = {
+        ("control", seed): [
+            row | {"val_accuracy": value, "train_loss": value} for row in history(2)
+        ]
+        for seed, value in enumerate((0.0, 1.0))
+    }
+    write(tmp_path, rows, histories)
+    accuracy, loss = figures[0].axes
+    for axis, top in ((accuracy, 1.0), (loss, 0.5 + 12.706 * 0.5)):
+        heights = axis.collections[0].get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == (0, pytest.approx(top, rel=1e-3))
+        ticks = [tick for tick in axis.get_xticks() if 0.5 <= tick <= 2.5]
+        assert ticks == [1, 2]
+
+
+def test_measures_of_classes_are_shown_where_all_runs_have_them(tmp_path):
+    rows = recorded("planted")
+    assert "Balanced accuracy" not in write(tmp_path / "a", rows)
+    rows = [row | {"test_balanced_accuracy": 0.5, "test_macro_f1": 0.25} for row in rows]
+    text = write(tmp_path / "b", rows)
+    line = next(
+        line for line in text.splitlines() if line.startswith("| `half` |") and "25.00" in line
+    )
+    assert line.endswith(" | 50.00 ± 0.00 % (50.00 to 50.00) | 25.00 ± 0.00 % (25.00 to 25.00) |")
+    measured = study_table.arm_table(rows, "control", measure="macro_f1")
+    assert "| test macro F1, mean ± standard deviation (95 % interval of the mean) |" in measured
+    rows[3]["test_macro_f1"] = ""
+    with refused("arm control seed 3 has no test macro F1: it was trained before that was noted"):
+        study_table.arm_table(rows, "control", measure="macro_f1")
 
 
 def test_history_is_read_from_a_run(tmp_path):

@@ -117,6 +117,7 @@ def test_threads_read_the_same_as_one(photos):
     folder, _ = photos
     records = read_tfds("photos", folder, val_fraction=0).splits["train"]
     alone = [records.read(i) for i in range(12)]
+    assert [records.label(i) for i in range(12)] == [label for _, label in alone]
     fresh = read_tfds("photos", folder, val_fraction=0).splits["train"]
     order = np.random.default_rng(0).integers(12, size=400).tolist()
     with ThreadPoolExecutor(8) as pool:

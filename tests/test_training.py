@@ -65,6 +65,10 @@ def test_run_leaves_its_files(finished):
         "tensorboard",
         "history.png",
         "memory_use.png",
+        "eval_test.json",
+        "mistakes_test.png",
+        "progress.json",
+        "report.html",
         "checkpoints",
         "summary.json",
     }
@@ -117,6 +121,20 @@ def test_summary_is_true(finished):
     assert summary["examples_per_second"] > 0
 
 
+def test_progress_and_test_results_are_told(finished):
+    progress = read_json(finished / "progress.json")
+    hours = progress.pop("hours")
+    summary = read_json(finished / "summary.json")
+    assert 0 < hours == pytest.approx(summary["train_seconds"] / 3600, abs=0.002)
+    assert progress == dict(epoch=3, epochs=3, step=57, steps=57, share=1.0, hours_left=0.0)
+    result = read_json(finished / "eval_test.json")
+    for key in ("accuracy", "balanced_accuracy", "macro_f1", "loss"):
+        assert result[key] == summary[f"test_{key}"]
+    assert result["step"] == summary["best_step"]
+    wrong = 360 - np.trace(result["confusion"])
+    assert len(result["mistakes"]) == min(wrong, 24)
+
+
 def test_memory_use_names_reads_and_updates(finished):
     rows = read_csv(finished / "memory_use.csv")
     layers = ["read head", "read layer1/dense", "read layer2/dense", "update layer1"]
@@ -134,9 +152,9 @@ def test_finished_run_is_not_trained_again(finished):
 
 def test_other_config_is_refused_and_nothing_touched(finished):
     before = snapshot(finished)
-    message = r"differs in train.epochs \(3 there, 4 here\); choose another --workdir"
+    message = r"differs in train.batch_size \(64 there, 32 here\); choose another --workdir"
     with refused(message):
-        loop.run(digits("aim_state", "train.epochs=4"), finished, 1)
+        loop.run(digits("aim_state", "train.epochs=3", "train.batch_size=32"), finished, 1)
     assert snapshot(finished) == before
 
 

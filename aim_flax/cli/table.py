@@ -2,7 +2,8 @@
 
 Prints, for each arm, the mean and standard deviation of the test accuracy over its finished runs;
 with --reference ARM also its difference from that arm, paired by seed. With --on val it uses the
-accuracies that picked each run's best epoch, to choose an arm without looking at the test split.
+accuracies that picked each run's best epoch, to choose an arm without looking at the test split;
+with --measure balanced_accuracy or macro_f1 scores in which every class counts the same.
 With --csv FILE it also writes a row per run. Runs that diverged or are not finished are counted and
 named.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from aim_flax.console import CommandParser, reporting_errors
 from aim_flax.files import write_csv
-from aim_flax.study.results import COLUMNS, SPLITS, read_runs
+from aim_flax.study.results import COLUMNS, MEASURES, SPLITS, read_runs
 from aim_flax.study.table import arm_table
 
 
@@ -24,12 +25,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--on", choices=SPLITS, default="test", help="the split of the accuracies; default: test"
     )
+    parser.add_argument(
+        "--measure",
+        choices=MEASURES,
+        default="accuracy",
+        help="of the test split; the others count every class equally; default: accuracy",
+    )
     parser.add_argument("--csv", type=Path, help="also write a row per run to this file")
     args = parser.parse_args(argv)
+    if args.on != "test" and args.measure != "accuracy":
+        parser.error(f"--on {args.on} has accuracies only: leave out --measure {args.measure}")
     rows = read_runs(args.workdirs)
     if args.csv:
         write_csv(args.csv, COLUMNS, rows)
-    print(arm_table(rows, args.reference, args.on))
+    print(arm_table(rows, args.reference, args.on, args.measure))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from aim_flax.data.balance import BalancedOrder
 from aim_flax.data.fingerprint import Fingerprint
 from aim_flax.devices import Devices
 from aim_flax.keys import data_key
@@ -33,6 +34,7 @@ class TrainBatches(abc.ABC):
       batch_size: over all devices.
       scale: what pixels are divided by.
       augmentation: the options of `augment.augment`.
+      balanced: whether all classes come equally often; else all images do.
       sharded: whether each device gets its own part of a batch, instead of the whole split.
       steps_per_call: for how many steps the data of one step can be used; None: for its epoch.
       seed_axes: for each part of the data of several seeds, its axis of seeds, or None where they
@@ -46,6 +48,7 @@ class TrainBatches(abc.ABC):
     batch_size: int
     scale: float
     augmentation: Mapping[str, Any] | None
+    balanced: bool = False
     sharded: ClassVar[bool]
     steps_per_call: ClassVar[int | None]
     seed_axes: ClassVar[tuple[int | None, ...] | None]
@@ -53,10 +56,14 @@ class TrainBatches(abc.ABC):
     def __post_init__(self):
         self.examples = self.dataset.sizes["train"]
         self.epoch_steps = self.examples // self.batch_size
+        self._balanced = BalancedOrder(self.dataset.labels("train")) if self.balanced else None
 
     def order(self, seed: jax.Array | int, epoch: jax.Array | int) -> jax.Array:
         """Returns the order, (examples,) int32, in which an epoch visits the training split."""
-        return jax.random.permutation(jax.random.fold_in(data_key(seed), epoch), self.examples)
+        key = jax.random.fold_in(data_key(seed), epoch)
+        if self._balanced is not None:
+            return self._balanced(key)
+        return jax.random.permutation(key, self.examples)
 
     @abc.abstractmethod
     def feed(self, seed: int | np.ndarray, start: int, stop: int) -> Feed:
@@ -130,15 +137,28 @@ class Dataset(abc.ABC):
     def first_images(self, split: str, count: int) -> np.ndarray:
         """Returns the first images of a split, (at most count, H, W, C) uint8."""
 
+    @abc.abstractmethod
+    def image(self, split: str, index: int) -> np.ndarray:
+        """Returns an image of a split that was not left out, (H, W, C) uint8."""
+
+    @abc.abstractmethod
+    def labels(self, split: str) -> np.ndarray:
+        """Returns the labels of a split, (N,) int32, without decoding any image."""
+
+    @abc.abstractmethod
+    def name(self, split: str, index: int) -> str:
+        """Returns a name by which a person finds an image, for example its path."""
+
     def train_batches(
         self,
         devices: Devices,
         batch_size: int,
         scale: float,
         augmentation: Mapping[str, Any] | None,
+        balanced: bool = False,
     ) -> TrainBatches:
         """Returns the batches of "train"."""
-        return self._train_batches(self, devices, batch_size, scale, augmentation)
+        return self._train_batches(self, devices, batch_size, scale, augmentation, balanced)
 
     def eval_batches(
         self, devices: Devices, split: str, batch_size: int, scale: float

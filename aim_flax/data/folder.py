@@ -35,7 +35,10 @@ class FolderRecords:
 
     def read(self, index: int) -> tuple[bytes, int]:
         with open(self.name(index), "rb") as file:
-            return file.read(), int(self.labels[index])
+            return file.read(), self.label(index)
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
 
     def name(self, index: int) -> str:
         """Returns the path."""

@@ -96,7 +96,10 @@ class EvalBatches(dataset.EvalBatches):
 
 
 class InMemory(dataset.Dataset):
-    """Decoded images; `splits` are without those that were left out."""
+    """Decoded images; `splits` are without those that were left out.
+
+    `names` gives a split's names by index; None: an image has only its number.
+    """
 
     _train_batches, _eval_batches = TrainBatches, EvalBatches
 
@@ -106,12 +109,14 @@ class InMemory(dataset.Dataset):
         splits: Mapping[str, Split],
         skipped: Mapping[str, set[int]] | None = None,
         encoded: dataset.Dataset | None = None,
+        names: Callable[[str, int], str] | None = None,
     ):
         """`encoded`: the dataset that the images were decoded from, if there is one."""
         self.classes, self.splits, self.skipped = classes, splits, skipped or {}
         self._encoded = encoded
         self.sizes = {name: len(split) for name, split in splits.items()}
         self.records = {n: size + len(self.skipped.get(n, ())) for n, size in self.sizes.items()}
+        self._names = names or (lambda split, index: f"{split}, image {index}")
 
     def _fingerprint(self) -> fingerprint.Fingerprint:
         if self._encoded is not None:
@@ -124,3 +129,12 @@ class InMemory(dataset.Dataset):
 
     def first_images(self, split: str, count: int) -> np.ndarray:
         return self.splits[split].images[:count]
+
+    def image(self, split: str, index: int) -> np.ndarray:
+        return self.splits[split].images[index]
+
+    def labels(self, split: str) -> np.ndarray:
+        return self.splits[split].labels
+
+    def name(self, split: str, index: int) -> str:
+        return self._names(split, index)

@@ -151,7 +151,7 @@ def _mixed(dataset: EncodedDataset) -> EncodedDataset:
 
 
 def _decode_all(dataset: "Streamed") -> InMemory:
-    splits = {}
+    splits, readable = {}, {}
     for name, size in dataset.sizes.items():
         images = np.empty((size, *dataset.shape), np.uint8)
         labels = np.full(size, -1, np.int32)
@@ -163,9 +163,13 @@ def _decode_all(dataset: "Streamed") -> InMemory:
         with ThreadPoolExecutor(dataset.threads) as pool:
             for _ in pool.map(read, range(size)):
                 pass
-        readable = labels >= 0
-        if not readable.all():
-            dataset.skip(name, np.flatnonzero(~readable).tolist())
-            images, labels = images[readable], labels[readable]
+        readable[name] = np.flatnonzero(labels >= 0)
+        if len(readable[name]) < size:
+            dataset.skip(name, np.flatnonzero(labels < 0).tolist())
+            images, labels = images[readable[name]], labels[readable[name]]
         splits[name] = Split(images, labels)
-    return InMemory(dataset.classes, splits, dataset.skipped, dataset)
+
+    def name_of(split: str, index: int) -> str:
+        return dataset.name(split, int(readable[split][index]))
+
+    return InMemory(dataset.classes, splits, dataset.skipped, dataset, name_of)

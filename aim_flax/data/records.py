@@ -19,6 +19,9 @@ class Records(Protocol):
     def read(self, index: int) -> tuple[bytes, int]:
         """Returns an encoded image (JPEG, PNG, WebP, ...) and its label."""
 
+    def label(self, index: int) -> int:
+        """Returns the label alone."""
+
     def name(self, index: int) -> str:
         """Returns a name by which a person finds the record, for example its path."""
 
@@ -38,6 +41,9 @@ class Subset:
 
     def read(self, index: int) -> tuple[bytes, int]:
         return self.records.read(int(self.indices[index]))
+
+    def label(self, index: int) -> int:
+        return self.records.label(int(self.indices[index]))
 
     def name(self, index: int) -> str:
         return self.records.name(int(self.indices[index]))

@@ -8,6 +8,7 @@ import collections
 import itertools
 import sys
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -163,10 +164,33 @@ class Streamed(dataset.Dataset):
             if self._stop:
                 raise DataError(f"{reason} (data.on_error=skip leaves such images out)") from None
             return None
+        return pixels, self._check_label(split, index, label)
+
+    def _check_label(self, split: str, index: int, label: int) -> int:
         last = len(self.classes) - 1
         if not 0 <= label <= last:
-            raise DataError(f"{records.name(index)} has the label {label}, expected 0 to {last}")
-        return pixels, int(label)
+            name = self.name(split, index)
+            raise DataError(f"{name} has the label {label}, expected 0 to {last}")
+        return int(label)
+
+    def image(self, split: str, index: int) -> np.ndarray:
+        return self.read(split, np.array([index]), 0)["images"]
+
+    def labels(self, split: str) -> np.ndarray:
+        """As in `Dataset`; raises DataError where a label can't be read."""
+        records = self._splits[split]
+
+        def read(index: int) -> int:
+            try:
+                return self._check_label(split, index, records.label(index))
+            except OSError as error:
+                raise DataError(f"{self.name(split, index)} can't be read: {error}") from None
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            return np.fromiter(pool.map(read, range(len(records))), np.int32, len(records))
+
+    def name(self, split: str, index: int) -> str:
+        return self._splits[split].name(index)
 
     def skip(self, split: str, indices: Iterable[int]) -> None:
         """Counts records as left out, and says so once for each; DataError: more than 1 % are."""

@@ -49,6 +49,9 @@ class TfdsSplit:
         features = self._features(index)
         return features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
 
+    def label(self, index: int) -> int:
+        return self._features(index)["label"].int64_list.value[0]
+
     def name(self, index: int) -> str:
         """Returns split and number and, if it has one, the example's file name or id."""
         title = f"{self.title}, record {index}"

@@ -24,12 +24,18 @@ class Evaluation:
       is_correct: (images,) bool, in the split's order, whether an image's class was predicted;
         False for images that were left out.
       skipped: number of images that can't be read and were left out.
+      labels: (images,) int32, the true classes; of images that were left out, any.
+      predicted: (images,) int32, the predicted class; -1 for images that were left out.
+      probability: (images,) float32, what the network gave that class.
     """
 
     loss: float
     confusion: np.ndarray
     is_correct: np.ndarray
     skipped: int = 0
+    labels: np.ndarray | None = None
+    predicted: np.ndarray | None = None
+    probability: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -42,6 +48,22 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         return self.correct / self.count
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean share of a class that was predicted correctly, over the classes that have
+        images, as scikit-learn's `balanced_accuracy_score`."""
+        of_class = self.confusion.sum(axis=1)
+        there = of_class > 0
+        return float((np.diag(self.confusion)[there] / of_class[there]).mean())
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean F1 score of the classes that have images or were predicted, as scikit-learn's
+        `f1_score(average="macro")`."""
+        total = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
+        there = total > 0
+        return float((2 * np.diag(self.confusion)[there] / total[there]).mean())
 
     def accuracy_interval(self) -> tuple[float, float]:
         """Returns the 95 % Wilson score interval of the accuracy."""
@@ -73,11 +95,11 @@ def build_evaluate(
     def on_device(sums, variables, data):
         images, labels, counted, left_out = batches.on_device(data)
         logits = model.apply(variables, images, train=False)
-        new, is_correct = _score(logits, labels, counted, num_classes)
+        new, of_images = _score(logits, labels, counted, num_classes)
         new["skipped"] = left_out.sum(dtype=jnp.int32)
         sums = jax.tree.map(jnp.add, sums, jax.lax.psum(new, AXIS))
         # Each device has consecutive rows, so this is the order of the batch.
-        return sums, jax.lax.all_gather(is_correct, AXIS, tiled=True)
+        return sums, jax.lax.all_gather(of_images, AXIS, tiled=True)
 
     # Not a loop within one program: XLA on CPU computes convolutions in loops several times slower.
     sharded = (2,) if batches.sharded else ()
@@ -86,16 +108,19 @@ def build_evaluate(
 
     def evaluate(variables: Any) -> Evaluation | list[Evaluation]:
         axes = jax.tree.leaves(devices.local(variables))[0].shape[:1] if together else ()
-        sums, is_correct = devices.replicate(_zero(axes, num_classes)), []
+        sums, of_images = devices.replicate(_zero(axes, num_classes)), []
         for data in batches:
             sums, of_batch = add_batch(sums, variables, data)
-            is_correct.append(of_batch)
-        sums, is_correct = devices.fetch((sums, is_correct))
-        is_correct = np.concatenate(is_correct, axis=-1)[..., : batches.examples]
+            of_images.append(of_batch)
+        sums, of_images = devices.fetch((sums, of_images))
+        of_images = {
+            name: np.concatenate([of_batch[name] for of_batch in of_images], axis=-1)
+            for name in of_images[0]
+        }
+        found = sums, {name: rows[..., : batches.examples] for name, rows in of_images.items()}
         if not together:
-            return _evaluation(sums, is_correct)
-        each = [jax.tree.map(lambda sum_of, i=i: sum_of[i], sums) for i in range(len(is_correct))]
-        return [_evaluation(*of_one) for of_one in zip(each, is_correct, strict=True)]
+            return _evaluation(*found)
+        return [_evaluation(*jax.tree.map(lambda x, i=i: x[i], found)) for i in range(axes[0])]
 
     return evaluate
 
@@ -109,19 +134,20 @@ def _zero(axes: tuple[int, ...], num_classes: int) -> dict[str, np.ndarray]:
     }
 
 
-def _evaluation(sums: dict[str, np.ndarray], is_correct: np.ndarray) -> Evaluation:
+def _evaluation(sums: dict[str, np.ndarray], of_images: dict[str, np.ndarray]) -> Evaluation:
     """Returns the Evaluation of one network, after a check that each image was counted once."""
-    skipped, examples = int(sums["skipped"]), len(is_correct)
+    skipped, examples = int(sums["skipped"]), len(of_images["is_correct"])
     count = int(sums["confusion"].sum())
     if count + skipped != examples:
         raise RuntimeError(f"{count} of {examples} examples were evaluated")
-    return Evaluation(float(sums["loss"]) / count, sums["confusion"], is_correct, skipped)
+    loss = float(sums["loss"]) / count
+    return Evaluation(loss, sums["confusion"], skipped=skipped, **of_images)
 
 
 def _score(
     logits: jax.Array, labels: jax.Array, counted: jax.Array, num_classes: int
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Returns sums over the examples of a batch that count, and which were predicted correctly.
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns sums over the examples of a batch that count, and what was predicted for each.
 
     Args:
       logits: (B, num_classes) float32.
@@ -130,7 +156,7 @@ def _score(
 
     Returns:
       loss: () float32, summed cross-entropy; confusion: (classes, classes) int32.
-      (B,) bool, False for padding.
+      is_correct, labels, predicted, probability: (B,) each, see `Evaluation`.
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     predicted = logits.argmax(-1)
@@ -139,4 +165,10 @@ def _score(
         "loss": jnp.where(counted, losses, 0.0).sum(),
         "confusion": confusion.at[labels, predicted].add(counted.astype(jnp.int32)),
     }
-    return sums, (predicted == labels) & counted
+    of_images = {
+        "is_correct": (predicted == labels) & counted,
+        "labels": labels.astype(jnp.int32),
+        "predicted": jnp.where(counted, predicted, -1).astype(jnp.int32),
+        "probability": jax.nn.softmax(logits).max(-1).astype(jnp.float32),
+    }
+    return sums, of_images

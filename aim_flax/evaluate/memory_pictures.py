@@ -19,9 +19,10 @@ from aim_flax.data.dataset import EvalBatches
 from aim_flax.devices import AXIS, Devices
 from aim_flax.files import save_figure, write_json
 from aim_flax.latch import AiM
+from aim_flax.plots import class_matrix, plain, set_title, short
 
 MOST_IMAGES = 512
-MOST_CHANNELS = 16
+MOST_CHANNELS, CHANNELS_IN_A_LINE = 16, 8
 SHOWN_IMAGES = 8
 
 
@@ -149,26 +150,30 @@ def plot_learned(path: Path, learned: dict[str, np.ndarray], title: str) -> None
     for name, content in learned.items():
         maps = as_map(content)
         order = np.argsort(-maps.std(axis=(0, 1)), kind="stable")[:MOST_CHANNELS]
-        same = maps.shape[-1] > 1 and np.allclose(maps, maps[:1, :1])
-        if same:  # A vector says all.
+        label = f"{name}: what was learned"
+        if maps.shape[-1] > 1 and np.allclose(maps, maps[:1, :1]):  # A vector says all.
             maps, order = as_map(maps[0, 0]), np.array([0])
-        rows.append((name, maps, order, same))
-    columns = max(len(order) for _, _, order, _ in rows)
-    size = (1.2 * columns + 3, 1.6 * len(rows) + 1)
+            label += ", the same at every position"
+        elif len(order) < maps.shape[-1]:
+            label += f", the {len(order)} of {maps.shape[-1]} channels that differ most"
+        rows.append((label, maps, order))
+    lines = [math.ceil(len(order) / CHANNELS_IN_A_LINE) for _, _, order in rows]
+    heights = [0.8 + 1.6 * n for n in lines]
+    columns = min(max(len(order) for _, _, order in rows), CHANNELS_IN_A_LINE)
+    size = (max(1.2 * columns + 1, 4.5), sum(heights) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (name, maps, order, same) in zip(axes, rows, strict=True):
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, (label, maps, order), height in zip(parts, rows, lines, strict=True):
         most = float(np.abs(maps).max()) or 1.0
-        for axis in line:
+        axes = part.subplots(height, min(len(order), CHANNELS_IN_A_LINE), squeeze=False)
+        for axis in axes.flat:
             axis.set_axis_off()
-        for axis, channel in zip(line, order, strict=False):
+        for axis, channel in zip(axes.flat, order, strict=False):
             drawn = axis.imshow(maps[..., channel], cmap="RdBu_r", vmin=-most, vmax=most)
             axis.set_title(f"channel {channel}" if len(order) > 1 else "", fontsize=7)
-        label = f"{name}, the same at every position" if same else name
-        line[0].set_title(f"{label}\n{line[0].get_title()}".strip(), fontsize=7, loc="left")
-        line[0].set_title("")
-        figure.colorbar(drawn, ax=list(line))
-    figure.suptitle(title, fontsize=9)
+        part.colorbar(drawn, ax=list(axes.flat))
+        part.suptitle(plain(label), fontsize=10)
+    set_title(figure, title)
     save_figure(figure, path)
 
 
@@ -178,21 +183,25 @@ def plot_written(path: Path, notebooks: Notebooks, classes: Sequence[str], title
     The change from the learned memory, and the difference from what images write on average; over
     channels the root of the mean square: where the image wrote much.
     """
-    written = notebooks.written
+    written, names = notebooks.written, short(classes, 20)
     shown = first_of_classes(notebooks.labels, SHOWN_IMAGES)
     start = next(iter(notebooks.learned.values()))
     rows = {
-        "written - learned": written[shown] - start,
-        "written - mean of all": written[shown] - written.mean(axis=0),
+        "what it changes in\nthe learned memory": written[shown] - start,
+        "beyond what images\nchange on average": written[shown] - written.mean(axis=0),
     }
-    figure = Figure(figsize=(1.6 * len(shown) + 1.5, 6), layout="constrained")
-    axes = figure.subplots(1 + len(rows), len(shown), squeeze=False)
+    figure = Figure(figsize=(1.6 * len(shown) + 3, 6), layout="constrained")
+    columns = dict(ncols=1 + len(shown), width_ratios=[0.9] + [1] * len(shown))
+    axes = figure.subplots(1 + len(rows), squeeze=False, **columns)
     for axis in axes.ravel():
         axis.set_axis_off()
+    for axis, what in zip(axes[:, 0], ("the image", *rows), strict=True):
+        axis.text(1, 0.5, what, ha="right", va="center", fontsize=8)
+    axes = axes[:, 1:]
     for axis, i in zip(axes[0], shown, strict=True):
         axis.imshow(_visible(notebooks.images[i]), cmap="gray")
-        axis.set_title(classes[notebooks.labels[i]], fontsize=8)
-    for line, (what, contents) in zip(axes[1:], rows.items(), strict=True):
+        axis.set_title(names[notebooks.labels[i]], fontsize=8)
+    for line, contents in zip(axes[1:], rows.values(), strict=True):
         maps = [as_map(content) for content in contents]
         signed = maps[0].shape[-1] == 1
         maps = [m[..., 0] if signed else np.sqrt((m**2).mean(axis=-1)) for m in maps]
@@ -200,22 +209,18 @@ def plot_written(path: Path, notebooks: Notebooks, classes: Sequence[str], title
         low, colors = (-most, "RdBu_r") if signed else (0, "viridis")
         for axis, drawn in zip(line, maps, strict=True):
             image = axis.imshow(drawn, cmap=colors, vmin=low, vmax=most)
-        figure.colorbar(image, ax=list(line)).set_label(what, fontsize=8)
-    figure.suptitle(title)
+        label = "floats" if signed else "root mean square\nover channels"
+        figure.colorbar(image, ax=list(line), label=label)
+    set_title(figure, title)
     save_figure(figure, path)
 
 
 def plot_classes(path: Path, distances: np.ndarray, classes: Sequence[str], title: str) -> None:
     """Plots the matrix of `class_distances`."""
-    size = min(max(4, 0.35 * len(classes) + 2), 24)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = class_matrix(classes)
     image = axis.imshow(distances, vmin=0, cmap="viridis")
     figure.colorbar(image, label="distance of the classes' mean memories / spread within a class")
-    ticks = range(len(classes))
-    axis.set_xticks(ticks, classes, rotation=90, fontsize=min(9, 400 / len(classes)))
-    axis.set_yticks(ticks, classes, fontsize=min(9, 400 / len(classes)))
-    axis.set_title(title)
+    set_title(figure, title)
     save_figure(figure, path)
 
 

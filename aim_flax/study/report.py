@@ -14,15 +14,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t
 
-from aim_flax import files
+from aim_flax import files, markdown
 from aim_flax.errors import UsageError, check_choice
+from aim_flax.plots import marker, plain, set_epochs, set_title, short
 from aim_flax.statistics import CONFIDENCE, Comparison, compare, p_value
+from aim_flax.study.page import Part, write_page
 from aim_flax.study.results import COLUMNS, Row, accuracies_by_arm, is_finished
-from aim_flax.study.table import arm_table, interval
+from aim_flax.study.table import arm_cells, interval, measure_cells, notes
 from aim_flax.train import report
 
 ALPHA = 1 - CONFIDENCE
 CURVES = {"val_accuracy": "validation accuracy", "train_loss": "training loss"}
+LIMITS = {"val_accuracy": (0.0, 1.0), "train_loss": (0.0, np.inf)}
 
 
 def write(
@@ -33,7 +36,7 @@ def write(
     title: str,
     command: str,
 ) -> None:
-    """Writes results.csv, report.md, curves.png and differences.png into a folder.
+    """Writes results.csv, report.md, report.html and the plots of both into a folder.
 
     Args:
       folder: created if it does not exist.
@@ -53,11 +56,15 @@ def write(
     compared = compare(arms, reference)
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: ([*arms].index(row["arm"]), int(row["seed"])))
-    files.write_csv(folder / "results.csv", COLUMNS, rows)
+    # Rows recorded before lack the later columns.
+    recorded = [dict.fromkeys(COLUMNS) | row for row in rows]
+    files.write_csv(folder / "results.csv", COLUMNS, recorded)
     colors = _colors(arms)
     _plot_curves(folder / "curves.png", rows, histories, colors, title)
     _plot_differences(folder / "differences.png", compared, colors, reference, title)
-    files.write_text(folder / "report.md", _text(rows, compared, reference, title, command))
+    parts = _parts(rows, compared, reference, command)
+    files.write_text(folder / "report.md", _markdown(title, parts))
+    write_page(folder, title, parts, rows)
 
 
 def read_history(workdir: Path) -> list[dict[str, float]]:
@@ -77,40 +84,69 @@ def read_history(workdir: Path) -> list[dict[str, float]]:
         raise UsageError(f"{file} is damaged: {error!r}") from None
 
 
-def _text(
+def _parts(
     rows: Sequence[Row],
     compared: Mapping[str, Comparison],
     reference: str,
-    title: str,
     command: str,
-) -> str:
+) -> list[Part]:
+    """Returns the report, in order; see `page.Part`."""
     findings = [
-        f"- {finding(arm, comparison, reference)}{_losses(rows, arm)}"
+        f"{finding(arm, comparison, reference)}{_losses(rows, arm)}"
         for arm, comparison in compared.items()
     ]
     if losses := _losses(rows, reference):
-        findings.append(f"- `{reference}` is what the others are compared with.{losses}")
-    parts = [
-        f"# {title}",
-        f"```bash\n{command}\n```",
-        arm_table(rows, reference),
-        "What can be told from chance:",
-        "\n".join(findings),
-        "Differences are in percentage points of test accuracy, between runs of the same seed. p is"
-        " that of the paired t-test, two-sided; Holm's method corrects it for the number of arms"
-        f" tested, {sum(c.p is not None for c in compared.values())}, and below {ALPHA:.2f} it"
-        " counts as more than chance. Intervals are not corrected. d_z is the mean difference over"
-        " the standard deviation of the differences. Seeds vary the initial values, the order of"
-        " examples and what else is drawn in training, not the split of the data.",
-        _selection(rows),
-        "![Accuracy and loss by epoch](curves.png)",
-        "Lines are means over finished runs, bands their 95 % intervals, as far as all finished"
-        " runs of the arm went. Later epochs of those that went on, and runs without a result"
-        " (ending in a cross), are thin dotted lines of their own: a mean of the runs that are left"
-        " would be one of other runs.",
-        "![Differences by seed](differences.png)",
+        findings.append(f"`{reference}` is what the others are compared with.{losses}")
+    parts: list[Part] = [("code", command), ("table", arm_cells(rows, reference))]
+    parts += [("text", note) for note in notes(rows)]
+    parts += [
+        ("text", "What can be told from chance:"),
+        ("items", findings),
+        (
+            "text",
+            "Differences are in percentage points of test accuracy, between runs of the same seed."
+            " p is that of the paired t-test, two-sided; Holm's method corrects it for the number"
+            f" of arms tested, {sum(c.p is not None for c in compared.values())}, and below"
+            f" {ALPHA:.2f} it counts as more than chance. Intervals are not corrected. d_z is the"
+            " mean difference over the standard deviation of the differences. Seeds vary the"
+            " initial values, the order of examples and what else is drawn in training, not the"
+            " split of the data.",
+        ),
+        ("text", _selection(rows)),
     ]
-    return "\n\n".join(parts) + "\n"
+    if measures := measure_cells(rows):
+        parts += [
+            (
+                "text",
+                "Balanced accuracy and macro F1 are means over the classes, each of which counts"
+                " the same, however many images it has:",
+            ),
+            ("table", measures),
+        ]
+    parts += [
+        ("figure", ("curves.png", "Accuracy and loss by epoch")),
+        (
+            "text",
+            "Lines are means over finished runs, bands their 95 % intervals (cut off where an"
+            " accuracy or a loss ends), as far as all finished runs of the arm went. Later epochs"
+            " of those that went on, and runs without a result (ending in a cross), are thin dotted"
+            " lines of their own: a mean of the runs that are left would be one of other runs.",
+        ),
+        ("figure", ("differences.png", "Differences by seed")),
+    ]
+    return parts
+
+
+def _markdown(title: str, parts: Sequence[Part]) -> str:
+    render = {
+        "text": str,
+        "items": lambda lines: "\n".join(f"- {line}" for line in lines),
+        "code": lambda lines: f"```bash\n{lines}\n```",
+        "table": markdown.table,
+        "figure": lambda content: f"![{content[1]}]({content[0]})",
+    }
+    texts = [f"# {title}", *(render[kind](content) for kind, content in parts)]
+    return "\n\n".join(texts) + "\n"
 
 
 def finding(arm: str, comparison: Comparison, reference: str) -> str:
@@ -177,8 +213,11 @@ def _plot_curves(
     colors: Mapping[str, Any],
     title: str,
 ) -> None:
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    # Beside the panels: with many arms it would hide them.
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
     axes = figure.subplots(1, 2)
+    longest = max(map(len, histories.values()), default=1)
+    alpha = min(0.2, 0.8 / len(colors))  # Bands that lie over each other stay light.
     for axis, (column, label) in zip(axes, CURVES.items(), strict=True):
         for arm, color in colors.items():
             of_arm = [row for row in rows if row["arm"] == arm]
@@ -187,11 +226,12 @@ def _plot_curves(
                 if history := histories.get((arm, int(row["seed"]))):
                     curve = [epoch[column] for epoch in history]
                     (finished if is_finished(row) else others).append(curve)
-            name = f"{arm} ({len(finished)} of {len(of_arm)} runs)"
-            _plot_arm(axis, finished, others, color, name)
-        axis.set(xlabel="epoch", ylabel=label)
-    axes[0].legend()
-    figure.suptitle(title)
+            name = f"{plain(arm)} ({len(finished)} of {len(of_arm)} runs)"
+            _plot_arm(axis, finished, others, color, name, LIMITS[column], alpha)
+        axis.set_ylabel(label)
+        set_epochs(axis, 1, longest)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    set_title(figure, title)
     files.save_figure(figure, path)
 
 
@@ -201,14 +241,20 @@ def _plot_arm(
     others: Sequence[Sequence[float]],
     color: Any,
     name: str,
+    limits: tuple[float, float],
+    alpha: float,
 ) -> None:
-    """Plots an arm's mean curve and its band, and the rest of each run by itself."""
+    """Plots an arm's mean curve and its band, within the limits that the numbers have, and the rest
+    of each run by itself."""
     common = min(map(len, finished), default=0)
     epochs = np.arange(1, common + 1)
     mean, half = mean_curve([curve[:common] for curve in finished])
-    axis.plot(epochs, mean, color=color, label=name)
+    axis.plot(epochs, mean, color=color, label=name, marker=marker(common))
     if half is not None:
-        axis.fill_between(epochs, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+        low, high = (np.clip(edge, *limits) for edge in (mean - half, mean + half))
+        axis.fill_between(epochs, low, high, color=color, alpha=alpha, linewidth=0)
+        if common == 1:  # A band of one epoch has no width.
+            axis.vlines(epochs, low, high, color=color)
     thin = dict(color=color, linewidth=0.8, linestyle=":")
     for curve in finished:
         # From the last common epoch, so that the lines start where the mean ends.
@@ -246,6 +292,8 @@ def _plot_differences(
     for place, (arm, comparison) in enumerate(compared.items()):
         summary, color = comparison.summary, colors[arm]
         points = 100 * np.array(list(comparison.differences.values()))
+        if not len(points):
+            axis.text(0, place, " no common seed", va="center", fontsize=8)
         # Spread by seed, because on few test images many differences are equal.
         spread = place + np.linspace(-0.25, 0.25, len(points)) if len(points) > 1 else [place]
         axis.plot(points, spread[: len(points)], "o", color=color, alpha=0.5, markersize=4)
@@ -253,10 +301,11 @@ def _plot_differences(
             low, mean, high = (100 * x for x in (summary.low, summary.mean, summary.high))
             bars = [[mean - low], [high - mean]]
             axis.errorbar([mean], [place], xerr=bars, fmt="D", color="black", capsize=4)
-    axis.set_yticks(range(len(compared)), compared)
+    axis.set_yticks(range(len(compared)), short(list(compared)))
     axis.set_ylim(len(compared) - 0.5, -0.5)
-    axis.set(xlabel=f"test accuracy − that of {reference}, same seed (percentage points)")
-    axis.set_title(f"{title}: seeds (dots), mean and 95 % interval (black)", fontsize=10)
+    against = plain(reference)
+    axis.set_xlabel(f"test accuracy − that of {against}, same seed (percentage points)")
+    set_title(figure, f"{title}: seeds (dots), mean and 95 % interval (black)")
     files.save_figure(figure, path)
 
 

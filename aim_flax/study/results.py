@@ -21,7 +21,16 @@ COLUMNS = (
     "epochs",
     "params",
     "selected_on",
+    "test_balanced_accuracy",
+    "test_macro_f1",
 )
+# Summaries from before lack these.
+_LATER = dict.fromkeys(("test_balanced_accuracy", "test_macro_f1"))
+MEASURES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+}
 SPLITS = {"test": "test", "val": "validation"}
 FINISHED, UNFINISHED = "finished", "unfinished"
 Row = Mapping[str, Any]
@@ -40,7 +49,7 @@ def read_run(workdir: Path) -> dict[str, Any]:
       UsageError: `workdir` holds no run, or one of its files is damaged.
     """
     if (workdir / "summary.json").is_file():
-        summary = read_json(workdir / "summary.json") | {"status": FINISHED}
+        summary = _LATER | read_json(workdir / "summary.json") | {"status": FINISHED}
         missing = [column for column in COLUMNS if column not in summary]
         if missing:
             raise UsageError(f"{workdir / 'summary.json'} has no {', '.join(missing)}")
@@ -67,16 +76,19 @@ def is_finished(row: Row) -> bool:
     return row.get("status", FINISHED) == FINISHED
 
 
-def accuracies_by_arm(rows: Sequence[Row], split: str = "test") -> dict[str, dict[int, float]]:
+def accuracies_by_arm(
+    rows: Sequence[Row], split: str = "test", measure: str = "accuracy"
+) -> dict[str, dict[int, float]]:
     """Returns {arm: {seed: accuracy}} of the finished runs; an arm without any has {}.
 
     Args:
       rows: see `arm_table`.
       split: of SPLITS.
+      measure: of MEASURES; of "val" there is only the accuracy.
 
     Raises:
       UsageError: two rows are of the same arm and seed; the split is "val", and a run picked its
-        best epoch on the test split.
+        best epoch on the test split; a run was trained before the measure was noted.
     """
     seen: set[tuple[str, int]] = set()
     arms: dict[str, dict[int, float]] = {}
@@ -92,5 +104,11 @@ def accuracies_by_arm(rows: Sequence[Row], split: str = "test") -> dict[str, dic
                     f"arm {arm} seed {seed} picked its best epoch on {row['selected_on']}: it has"
                     " no validation accuracy"
                 )
-            accuracies[seed] = float(row[f"{split}_accuracy"])
+            value = row.get(f"{split}_{measure}")
+            if value in (None, ""):
+                raise UsageError(
+                    f"arm {arm} seed {seed} has no {split} {MEASURES[measure]}: it was trained"
+                    " before that was noted"
+                )
+            accuracies[seed] = float(value)
     return arms

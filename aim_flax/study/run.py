@@ -1,8 +1,9 @@
 """Running a study: flags -> `Study` -> a list of work -> a workdir per run -> rows -> the report.
 
 A study's directory holds DIR/<arm>/<seed>/ as `loop.run` leaves them, `study.json` (what it
-consists of), and the report: report.md, results.csv, curves.png and differences.png. While seeds
-are trained together, their common checkpoints lie in DIR/.groups/<arm>/<first seed>/.
+consists of), `progress.json` (how far it is), and the report: report.md, report.html, results.csv,
+curves.png and differences.png. While seeds are trained together, their common checkpoints lie in
+DIR/.groups/<arm>/<first seed>/.
 """
 
 import contextlib
@@ -29,7 +30,14 @@ from aim_flax.train import dataset_record, loop, signals
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.loop import check_dataset
 from aim_flax.train.together import check_together, train_together, unfinished_group
-from aim_flax.train.workdir import check_claim, dataset_label, differences, held, mark_diverged
+from aim_flax.train.workdir import (
+    PROGRESS,
+    check_claim,
+    dataset_label,
+    differences,
+    held,
+    mark_diverged,
+)
 
 _GROUPS = ".groups"
 _SECONDS_BETWEEN_LINES = 5.0
@@ -278,7 +286,8 @@ def fits_together(experiment: Experiment) -> bool:
 def _train(workdir: Path, work: list[Work], quiet: bool, other_images: bool) -> None:
     """Does the work in order, and takes each item off the list."""
     total, done = sum(item.steps for item in work), 0
-    reporter = Reporter(total, 0, quiet, _SECONDS_BETWEEN_LINES)
+    file = workdir / PROGRESS
+    reporter = Reporter(total, 0, quiet, _SECONDS_BETWEEN_LINES, file)
     # A signal may come between two runs, too.
     with signals.signals() as received, reporter:
         while work:

@@ -5,10 +5,22 @@ from collections.abc import Sequence
 from aim_flax import markdown
 from aim_flax.errors import check_choice
 from aim_flax.statistics import Comparison, Summary, compare, p_value, summarize
-from aim_flax.study.results import SPLITS, UNFINISHED, Row, accuracies_by_arm, is_finished
+from aim_flax.study.results import (
+    MEASURES,
+    SPLITS,
+    UNFINISHED,
+    Row,
+    accuracies_by_arm,
+    is_finished,
+)
 
 
-def arm_table(rows: Sequence[Row], reference: str | None = None, split: str = "test") -> str:
+def arm_table(
+    rows: Sequence[Row],
+    reference: str | None = None,
+    split: str = "test",
+    measure: str = "accuracy",
+) -> str:
     """Returns a Markdown table, a row per arm in the order of first appearance.
 
     Below it are the runs without a result: all numbers are of finished runs.
@@ -18,14 +30,26 @@ def arm_table(rows: Sequence[Row], reference: str | None = None, split: str = "t
         the split's accuracy (0 to 1) and `params`.
       reference: an arm that the others are compared with, see `aim_flax.statistics.Comparison`.
       split: "test", or "val": the accuracy by which each run's best epoch was picked.
+      measure: of the test split, one of `results.MEASURES`.
 
     Raises:
       UsageError: there is no such arm; see `accuracies_by_arm`.
     """
-    arms = accuracies_by_arm(rows, split)
+    cells = arm_cells(rows, reference, split, measure)
+    return "\n\n".join([markdown.table(cells), *notes(rows)])
+
+
+def arm_cells(
+    rows: Sequence[Row],
+    reference: str | None = None,
+    split: str = "test",
+    measure: str = "accuracy",
+) -> list[list[str]]:
+    """Returns the rows of `arm_table` as cells, the header first."""
+    arms = accuracies_by_arm(rows, split, measure)
     compared: dict[str, Comparison] = {}
-    header = ["arm", "runs", "parameters", f"{SPLITS[split]} accuracy, mean ± standard deviation"]
-    header[-1] += " (95 % interval of the mean)"
+    header = ["arm", "runs", "parameters", f"{SPLITS[split]} {MEASURES[measure]}, mean ± standard"]
+    header[-1] += " deviation (95 % interval of the mean)"
     if reference is not None:
         check_choice("--reference", reference, arms)
         compared = compare(arms, reference)
@@ -39,7 +63,22 @@ def arm_table(rows: Sequence[Row], reference: str | None = None, split: str = "t
         if reference is not None:
             cells += _cells(compared[arm]) if arm in compared else [""] * 5
         lines.append(cells)
-    return "\n\n".join([markdown.table(lines), *_notes(rows)])
+    return lines
+
+
+def measure_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Returns a row of cells per arm with all measures, the header first; [] if a run lacks one."""
+    finished = [row for row in rows if is_finished(row)]
+    if not all(
+        row.get(f"test_{measure}") not in (None, "") for row in finished for measure in MEASURES
+    ):
+        return []
+    by_arm = {measure: accuracies_by_arm(rows, measure=measure) for measure in MEASURES}
+    lines = [["arm", *(f"test {name}" for name in MEASURES.values())]]
+    for arm in by_arm["accuracy"]:
+        means = [_mean(summarize(list(arms[arm].values()))) for arms in by_arm.values()]
+        lines.append([f"`{arm}`", *means])
+    return lines
 
 
 def _runs(rows: Sequence[Row]) -> str:
@@ -90,7 +129,7 @@ def interval(differences: Summary) -> str:
     return f"{mean} ({100 * differences.low:+z.2f} to {100 * differences.high:+z.2f})"
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def notes(rows: Sequence[Row]) -> list[str]:
     """Returns a sentence on the runs without a result, if there are any."""
     left_out = [row for row in rows if not is_finished(row)]
     if not left_out:

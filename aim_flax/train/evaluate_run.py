@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from aim_flax import files
 from aim_flax.config import override
-from aim_flax.data.dataset import EvalBatches
+from aim_flax.data.dataset import Dataset, EvalBatches
 from aim_flax.data.fingerprint import changes
 from aim_flax.data.load import decode_if_small, open_dataset, with_classes
 from aim_flax.devices import Devices
@@ -22,21 +22,25 @@ from aim_flax.evaluate import memory_pictures as pictures
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
 from aim_flax.evaluate.interventions import Choosable, intervene, layers
 from aim_flax.train import dataset_record
+from aim_flax.train.page import write_page
 from aim_flax.train.restore import Restored, restore_run
 
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A checkpoint of a run and the split to evaluate it on; `variables` are replicated.
+    """A checkpoint of a run and the split to evaluate it on.
 
     Attributes:
+      config: the run's, with overrides.
+      variables: replicated.
       other_images: how many of the split's images are new to the run's split, and how many of that
         are gone; None if they are the run's own, or it is from before that was recorded.
     """
 
     restored: Restored
+    config: ConfigDict
     split: str
-    classes: tuple[str, ...]
+    dataset: Dataset
     devices: Devices
     batches: EvalBatches
     variables: dict[str, Any]
@@ -47,6 +51,10 @@ class _Opened:
         checkpoint's."""
         evaluate = build_evaluate(model, self.devices, self.batches, len(self.classes))
         return lambda variables: evaluate({**self.variables, **self.devices.replicate(variables)})
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.dataset.classes
 
     @property
     def title(self) -> str:
@@ -80,7 +88,7 @@ def _open(
     batches = dataset.eval_batches(devices, split, config.eval.batch_size, config.data.scale)
     variables = devices.replicate(restored.variables)
     other = {"new": changed.new, "gone": changed.gone} if changed else None
-    return _Opened(restored, split, dataset.classes, devices, batches, variables, other)
+    return _Opened(restored, config, split, dataset, devices, batches, variables, other)
 
 
 def evaluate_run(
@@ -94,8 +102,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluates a checkpoint of a run, prints the result and writes it into the workdir.
 
-    Writes `eval_<split>.json` and `confusion_<split>.png`, with an altered memory
-    `eval_<split>_<memory>.json` and `confusion_<split>_<memory>.png`.
+    Writes `eval_<split>.json`, `confusion_<split>.png` and `mistakes_<split>.png`, with an altered
+    memory `eval_<split>_<memory>.json` and so on; and the run's page, `report.html`, again.
 
     Args:
       workdir, checkpoint: as for `restore_run`.
@@ -119,35 +127,31 @@ def evaluate_run(
     opened = _open(workdir, restored, split, device_count, overrides)
     evaluation = opened.build(model)({})
     low, high = evaluation.accuracy_interval()
-    classes = report.per_class(evaluation, opened.classes)
-    result = {
+    context = {
         "split": split,
         "checkpoint": checkpoint,
         "step": restored.step,
         "memory": memory,
         "at": at,
-        "examples": evaluation.count,
-        "skipped": evaluation.skipped,
         "other_images": opened.other_images,
-        "loss": evaluation.loss,
-        "accuracy": evaluation.accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "classes": classes,
-        "confusion": evaluation.confusion.tolist(),
     }
+    scale = opened.config.data.scale
     with files.writing(workdir):
-        files.write_json(workdir / f"eval_{split}{suffix}.json", result)
+        report.write_evaluation(
+            workdir, f"{split}{suffix}", evaluation, opened.dataset, scale, context
+        )
         report.plot_confusion(
             workdir / f"confusion_{split}{suffix}.png",
             evaluation,
             opened.classes,
             opened.title + altered,
         )
-    print(report.class_table(classes))
+        write_page(workdir)
+    print(report.class_table(report.per_class(evaluation, opened.classes)))
     print(
         f"{_heading(workdir, opened, evaluation)}{altered}: loss {evaluation.loss:.4f}, accuracy"
-        f" {evaluation.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%})"
+        f" {evaluation.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}), balanced"
+        f" {evaluation.balanced_accuracy:.2%}, macro F1 {evaluation.macro_f1:.2%}"
     )
     return evaluation
 
@@ -187,6 +191,7 @@ def evaluate_interventions(
         report.write_effects(
             workdir / f"interventions_{split}", measured, context, opened.title + where
         )
+        write_page(workdir)
     print(f"{_heading(workdir, opened, measured.keep)}, with altered memory{where}:\n")
     print(report.effects_table(measured))
     return measured
@@ -220,6 +225,7 @@ def picture_memory(
     }
     with files.writing(workdir):
         written = pictures.write(workdir, notebooks, opened.classes, context, opened.title)
+        write_page(workdir)
     print(f"{workdir}, step {restored.step}, {len(notebooks.labels)} images: {', '.join(written)}")
 
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from aim_flax.config import flatten
 from aim_flax.data.augment import check_options
+from aim_flax.data.balance import BALANCES, class_weights
 from aim_flax.data.dataset import Dataset, EvalBatches
 from aim_flax.data.load import decode_if_small, open_dataset, with_classes
 from aim_flax.devices import AXIS, Devices
@@ -34,6 +35,7 @@ class Experiment:
       epoch_steps, total_steps: steps in an epoch, and in all epochs.
       steps_per_call: most steps in one compiled call.
       abstract_state: shapes and dtypes of the training state.
+      class_weights: see `train_step`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Experiment:
         """
         _check_numbers(config)
         check_choice("eval.select_on", config.eval.select_on, ("val", "test"))
+        check_choice("train.balance", config.train.balance, BALANCES)
         self.devices = Devices(config.parallel, device_count)
         batch_size = config.train.batch_size
         if batch_size % self.devices.count:
@@ -79,8 +82,16 @@ class Experiment:
         # None where nothing is to be done: then nothing is drawn or traced for it.
         changes = {name: value for name, value in (config.augment or {}).items() if value}
         self.train_batches = self.dataset.train_batches(
-            self.devices, batch_size, config.data.scale, changes or None
+            self.devices,
+            batch_size,
+            config.data.scale,
+            changes or None,
+            balanced=config.train.balance == "sampling",
         )
+        self.class_weights = None
+        if config.train.balance == "weights":
+            labels = self.dataset.labels("train")
+            self.class_weights = class_weights(labels, len(self.dataset.classes))
         self.epoch_steps = self.train_batches.epoch_steps
         self.total_steps = self.epoch_steps * config.train.epochs
         self.schedule = build_schedule(config, self.epoch_steps)
@@ -157,7 +168,14 @@ class Experiment:
             def body(state, _):
                 images, labels = batch(state.step)
                 return train_step(
-                    self.model, self.optimizer, state, images, labels, seed, axis_name=AXIS
+                    self.model,
+                    self.optimizer,
+                    state,
+                    images,
+                    labels,
+                    seed,
+                    AXIS,
+                    self.class_weights,
                 )
 
             if length == 1:

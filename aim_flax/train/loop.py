@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from aim_flax.console import Part, Reporter
+from aim_flax.console import Pace, Part, ProgressFile, Reporter
 from aim_flax.devices import any_process
 from aim_flax.errors import DataError, DivergenceError
 from aim_flax.files import read_json
@@ -31,7 +31,7 @@ from aim_flax.train.progress import Progress, add_epoch, plateau_scale
 from aim_flax.train.signals import interruption, signals
 from aim_flax.train.step import TrainState, variables_of
 from aim_flax.train.summary import one_line, run_summary, write_results
-from aim_flax.train.workdir import claim, held, mark_diverged
+from aim_flax.train.workdir import PROGRESS, claim, held, is_finished, mark_diverged, raise_epochs
 
 _EPOCH_SHOWN = ("train_loss", "train_accuracy", "val_accuracy")
 
@@ -46,7 +46,8 @@ def run(
     """Trains the network of a config, or continues the workdir's run where it stopped.
 
     Args:
-      config: the experiment.
+      config: the experiment. A run in the workdir may have fewer epochs, see
+        `workdir.raise_epochs`.
       workdir: a directory for this run alone; created if it does not exist.
       device_count: how many devices to use; None for all.
       quiet: print no progress.
@@ -78,17 +79,20 @@ def train(
     Args:
       part: reports on progress, where the run is part of longer work.
     """
+    config, summary = experiment.config, workdir / "summary.json"
     note = check_dataset(workdir, experiment, other_images)
-    claim(workdir, experiment.config)
+    claim(workdir, config, more_epochs=True)
     dataset_record.write(workdir, experiment.dataset.fingerprint, experiment.epoch_steps)
     if note and not quiet:
         print(note, flush=True)
-    summary = workdir / "summary.json"
-    if not summary.is_file():
+    if not is_finished(workdir, config):
         with held(workdir), Reporter(experiment.total_steps, 0, quiet) as reporter:
-            # Another process may have finished the run before it released the workdir.
-            if not summary.is_file():
+            # Another process may have finished the run before it released the workdir. All of the
+            # run's own look before the first of them changes anything.
+            if any_process(not is_finished(workdir, config))[0]:
                 part = part or Part(reporter, "", 0, 1, [])
+                if jax.process_index() == 0 and (raised := raise_epochs(workdir, config)):
+                    part.say(raised)
                 return Loop([experiment], [workdir], workdir / "checkpoints", part).train()[0]
     if not quiet:
         print(f"{workdir} holds this run, finished")
@@ -130,6 +134,8 @@ class Loop:
             self.experiment.dataset.skipped[split].update(indices)
         self.step = int(np.ravel(states.step)[0])
         self.states, self.best = self.devices.replicate(states), self.devices.replicate(best)
+        self.pace = Pace(self.experiment.total_steps, self.step)
+        self.files = [ProgressFile(workdir / PROGRESS) for workdir in workdirs]
         self.began = self.saved_at = time.monotonic()
         self.seconds_before = [progress.seconds for progress in self.progress]
 
@@ -208,6 +214,7 @@ class Loop:
                 if done or stop or save:
                     self._save()
                 self.part.advance(self.step, shown)
+                self._write_progress(done, stop or length == left_in_epoch)
                 if stop and not done:
                     self.checkpoints.close()
                     # The signal may have come to another process.
@@ -300,11 +307,15 @@ class Loop:
         rows = [self.progress[i].history[-1] for i in self.alive]
         return {name: float(np.mean([row[name] for row in rows])) for name in _EPOCH_SHOWN if rows}
 
-    def _as_json(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds besides the states."""
+    def _note_seconds(self) -> None:
+        """Brings the training time up to date, of which several runs have equal shares."""
         seconds = (time.monotonic() - self.began) / len(self.runs)
         for progress, before in zip(self.progress, self.seconds_before, strict=True):
             progress.seconds = before + seconds
+
+    def _as_json(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds besides the states."""
+        self._note_seconds()
         skipped = self.experiment.dataset.skipped
         self.progress[0].skipped = {split: sorted(indices) for split, indices in skipped.items()}
         of_runs = [dataclasses.asdict(progress) for progress in self.progress]
@@ -324,6 +335,20 @@ class Loop:
             events[i].write(progress.history[-1], progress.wait_share)
             if jax.process_index() == 0:
                 report.write_metrics(self.workdirs[i], progress.history)
+
+    def _write_progress(self, done: bool, now: bool) -> None:
+        """Says in each run's workdir how far it is; `now`, or if that was long ago."""
+        self.pace.advance(self.step)
+        if jax.process_index() != 0:
+            return
+        self._note_seconds()
+        # The epoch under way, or just done. A run that stops early has no steps left.
+        epoch = -(-self.step // self.experiment.epoch_steps)
+        where = {"epoch": epoch, "epochs": self.config.train.epochs}
+        steps = self.step if done else self.experiment.total_steps
+        for i in self.alive:
+            seconds = self.progress[i].seconds * len(self.runs)
+            self.files[i].write(self.pace, steps, done or now, seconds, **where)
 
     def _finish(self) -> list[dict[str, Any]]:
         """Tests the best networks, writes the results of each run, and returns the summaries."""
@@ -350,7 +375,7 @@ class Loop:
                 continue
             summaries.append(run_summary(run, progress, own_best, tests[i]))
             if jax.process_index() == 0:
-                write_results(workdir, run.config, progress.history, summaries[-1])
+                write_results(workdir, run, progress.history, summaries[-1], tests[i])
             self.part.say(one_line(summaries[-1]))
         return summaries
 

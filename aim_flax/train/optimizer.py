@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 from aim_flax.errors import UsageError, check_choice
 
 SCHEDULES = ("constant", "cosine")
+# Those whose rates don't depend on the number of epochs, so that a run can have more of them later.
+OPEN_ENDED = ("constant",)
 OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "sgd": optax.sgd}
 
 

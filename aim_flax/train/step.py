@@ -65,6 +65,7 @@ def train_step(
     labels: jax.Array,
     seed: jax.Array | int,
     axis_name: str | None = None,
+    class_weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one step of gradient descent on the mean cross-entropy.
 
@@ -74,6 +75,8 @@ def train_step(
       images: (B, H, W, C) float32, this device's share of the batch.
       labels: (B,) int32.
       seed: the run's.
+      class_weights: (classes,) float32, what each example's cross-entropy is multiplied by; None:
+        not done. The mean is over examples, not over weights, so devices can share a batch.
 
     Returns:
       The next state, and `loss` and `accuracy` of the whole batch, () float32, in training mode.
@@ -91,8 +94,10 @@ def train_step(
             mutable=list(state.model_state),
             rngs=rngs,
         )
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, (logits, model_state)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        if class_weights is not None:
+            losses *= jnp.asarray(class_weights, losses.dtype)[labels]
+        return losses.mean(), (logits, model_state)
 
     (loss, (logits, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}

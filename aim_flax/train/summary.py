@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from aim_flax import files
 from aim_flax.devices import union_size
 from aim_flax.evaluate.evaluation import Evaluation
+from aim_flax.evaluate.report import write_evaluation
 from aim_flax.train import report
 from aim_flax.train.experiment import Experiment
+from aim_flax.train.optimizer import plateau_cuts
+from aim_flax.train.page import write_page
 from aim_flax.train.progress import Progress
 from aim_flax.train.workdir import versions
 
@@ -36,6 +38,8 @@ def run_summary(
         "test_accuracy": test.accuracy,
         "test_accuracy_low": low,
         "test_accuracy_high": high,
+        "test_balanced_accuracy": test.balanced_accuracy,
+        "test_macro_f1": test.macro_f1,
         "test_loss": test.loss,
         "test_examples": test.count,
         "skipped_images": sum(
@@ -60,16 +64,31 @@ def run_summary(
 
 
 def write_results(
-    workdir: Path, config: ConfigDict, history: report.History, summary: dict[str, Any]
+    workdir: Path,
+    experiment: Experiment,
+    history: report.History,
+    summary: dict[str, Any],
+    test: Evaluation,
 ) -> None:
     """Writes what a finished run leaves beside its checkpoints and events."""
+    config = experiment.config
     title = f"{config.name}:{config.arm}, seed {config.seed}"
     report.write_metrics(workdir, history)
-    report.plot_history(workdir / "history.png", history, title)
+    cuts: list[int] = []
+    if config.schedule.plateau_patience is not None:
+        schedule, accuracies = config.schedule, [row["val_accuracy"] for row in history]
+        cuts = plateau_cuts(accuracies, schedule.plateau_patience, schedule.plateau_min_delta)
+    best_step = summary["best_step"]
+    report.plot_history(workdir / "history.png", history, title, cuts, best_step)
     if config.memory is not None:
         report.plot_memory_use(workdir / "memory_use.png", history, title)
-    # Last, because it marks the run as finished.
+    context = {"split": "test", "checkpoint": "best", "step": best_step}
+    context |= {"memory": "keep", "at": ".*", "other_images": None}
+    scale = config.data.scale
+    write_evaluation(workdir, "test", test, experiment.dataset, scale, context)
+    # Last but for the page that shows it, because it marks the run as finished.
     files.write_json(workdir / "summary.json", summary)
+    write_page(workdir)
 
 
 def _size(tree: Any) -> int:

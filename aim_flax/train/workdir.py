@@ -18,10 +18,13 @@ from aim_flax.config import differing_keys, flatten, to_json
 from aim_flax.devices import any_process
 from aim_flax.errors import BusyError, UsageError
 from aim_flax.files import read_json, write_json
+from aim_flax.train.optimizer import OPEN_ENDED
 
 LOCK = ".lock"
 # Keys that may change when a run continues, because its results don't depend on them.
 NOT_OF_THE_RUN = ("data.dir", "data.threads")
+EPOCHS = "train.epochs"
+PROGRESS = "progress.json"
 
 
 def default_workdir(config: ConfigDict) -> Path:
@@ -72,7 +75,7 @@ def _code_version() -> str:
 
 def differences(there: ConfigDict, here: ConfigDict) -> str:
     """Returns the keys in which two configs differ and that a result depends on, or ""."""
-    keys = [key for key in differing_keys(there, here) if key not in NOT_OF_THE_RUN]
+    keys = _differing(there, here)
     old, new = (
         {key: repr(value) for key, value in flatten(config).items()} for config in (there, here)
     )
@@ -81,12 +84,22 @@ def differences(there: ConfigDict, here: ConfigDict) -> str:
     )
 
 
-def check_claim(workdir: Path, config: ConfigDict) -> None:
-    """Raises UsageError unless the workdir holds this run, or nothing."""
+def _differing(there: ConfigDict, here: ConfigDict) -> list[str]:
+    return [key for key in differing_keys(there, here) if key not in NOT_OF_THE_RUN]
+
+
+def check_claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) -> None:
+    """Raises UsageError unless the workdir holds this run, or nothing.
+
+    Args:
+      more_epochs: whether it may also hold this run with fewer epochs, see `raise_epochs`.
+    """
     saved = workdir / "config.json"
     if saved.is_file():
         other = ConfigDict(read_json(saved))
-        if changes := differences(other, config):
+        if more_epochs and _differing(other, config) == [EPOCHS]:
+            _check_epochs(workdir, other, config)
+        elif changes := differences(other, config):
             raise UsageError(
                 f"{workdir} holds a run of another config, which differs in {changes};"
                 " choose another --workdir"
@@ -100,9 +113,12 @@ def check_claim(workdir: Path, config: ConfigDict) -> None:
             raise UsageError(f"{workdir} is not empty and holds no run; choose another --workdir")
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
-    """Makes the workdir this run's, or raises UsageError and changes nothing."""
-    check_claim(workdir, config)
+def claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) -> None:
+    """Makes the workdir this run's, or raises UsageError and changes nothing.
+
+    `more_epochs` is that of `check_claim`; then the workdir stays as it is.
+    """
+    check_claim(workdir, config, more_epochs)
     saved = workdir / "config.json"
     if jax.process_index() != 0:
         return
@@ -113,6 +129,58 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             files.write_text(saved, to_json(config))
         if not (workdir / "code_version.json").is_file():
             files.write_json(workdir / "code_version.json", versions())
+
+
+def _check_epochs(workdir: Path, there: ConfigDict, here: ConfigDict) -> None:
+    """Raises UsageError unless a run can go on to a higher number of epochs."""
+    old, new, schedule = there.train.epochs, here.train.epochs, here.schedule.name
+    if schedule not in OPEN_ENDED:
+        raise UsageError(
+            f"{workdir} holds a run of {old} epochs, and its {schedule} schedule was made for"
+            f" them: for {new}, train a run of its own in another --workdir"
+        )
+    if new < old:
+        raise UsageError(
+            f"{workdir} holds a run of {old} epochs, which can be raised but not lowered to {new};"
+            " choose another --workdir"
+        )
+    if (workdir.absolute().parent.parent / "study.json").is_file():
+        raise UsageError(
+            f"{workdir} is a run of a study, whose runs all have {old} epochs: for {new}, start the"
+            " study in another --workdir"
+        )
+
+
+def is_finished(workdir: Path, config: ConfigDict) -> bool:
+    """Returns whether the workdir holds this run, and it has all of its epochs."""
+    if not (workdir / "summary.json").is_file():
+        return False
+    return EPOCHS not in differing_keys(ConfigDict(read_json(workdir / "config.json")), config)
+
+
+def raise_epochs(workdir: Path, config: ConfigDict) -> str | None:
+    """Notes that a workdir's run goes on to the config's number of epochs, if that is higher.
+
+    The summary of a finished run is kept as summary_N_epochs.json.
+
+    Returns:
+      A line that says so; None if there is nothing to raise.
+
+    Raises:
+      UsageError: it can't be raised.
+    """
+    there = ConfigDict(read_json(workdir / "config.json"))
+    old, new = there.train.epochs, config.train.epochs
+    if old == new:
+        return None
+    _check_epochs(workdir, there, config)
+    with files.writing(workdir):
+        # The summary first: without one, a run with the number of before goes on as well.
+        if (workdir / "summary.json").is_file():
+            os.replace(workdir / "summary.json", workdir / f"summary_{old}_epochs.json")
+        there.train.epochs = new
+        files.write_text(workdir / "config.json", to_json(there))
+    return f"{workdir}: {old} epochs become {new}"
 
 
 @contextlib.contextmanager
