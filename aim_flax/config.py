@@ -6,12 +6,16 @@ defines `ARMS`, the names of its arms with the default first, and `get_config(ar
 base.py beside it, or else configs/base.py.
 """
 
+import contextlib
 import copy
+import functools
 import importlib.util
 import itertools
 import json
+import operator
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +24,8 @@ from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from aim_flax.errors import UsageError, nearest
+from aim_flax.names import shortened
+from aim_flax.options import check_values
 
 # Beside the package in a checkout, in it where it is installed (see pyproject.toml).
 _CONFIGS = next(
@@ -28,6 +34,17 @@ _CONFIGS = next(
     if (folder / "base.py").is_file()
 )
 _NO_CONFIGS = ("base", "__init__")
+# What a config must have at the top; its groups are those that base.start makes.
+_NEEDED = ("name", "arm", "seed", "dtype", "parallel", "data", "augment", "model", "memory")
+_NEEDED += ("optimizer", "schedule", "train", "eval")
+_TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "values in brackets, with commas, such as (3,4)",
+    list: "values in brackets, with commas, such as (3,4)",
+    str: "a text",
+}
 _numbers = itertools.count()
 
 
@@ -35,7 +52,8 @@ def load(file_and_arm: str) -> ConfigDict:
     """Returns the config that "FILE" or "FILE:ARM" names, locked.
 
     Raises:
-      UsageError: no such file, a file that is no config, or an unknown arm.
+      UsageError: no such file, a file that is no config or fails, an unknown arm, or a value that
+        its option can't have.
     """
     file, _, arm = file_and_arm.partition(":")
     module = _run(file)
@@ -45,7 +63,18 @@ def load(file_and_arm: str) -> ConfigDict:
             f"{file} has no arm {arm!r}{nearest(arm, module.ARMS)}; its arms: "
             + ", ".join(module.ARMS)
         )
-    return module.get_config(arm).lock()
+    with _told_as_mistakes_of(file):
+        config = module.get_config(arm)
+    what = f"get_config({arm!r}) of {file!r} returned"
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"{what} a {type(config).__name__}, expected what base.start makes")
+    for key in _NEEDED:
+        if key not in config:
+            raise UsageError(f"{what} a config without {key}, expected what base.start makes")
+    with _told_as_mistakes_of(file):
+        values = flatten(config)
+    check_values(values)
+    return config.lock()
 
 
 def arms(file: str) -> tuple[str, ...]:
@@ -88,10 +117,37 @@ def _run(file: str) -> ModuleType:
         raise UsageError(f"{file!r} is no Python file")
     sys.modules[package.__name__] = package
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not (hasattr(module, "ARMS") and hasattr(module, "get_config")):
+    with _told_as_mistakes_of(file):
+        spec.loader.exec_module(module)
+    if not (hasattr(module, "ARMS") and callable(getattr(module, "get_config", None))):
         raise UsageError(f"{file!r} is no config: it must define ARMS and get_config(arm)")
+    names = module.ARMS
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
+        raise UsageError(f"ARMS of {file!r} is {names!r}, expected a tuple of the arms' names")
+    if not names:
+        raise UsageError(f"ARMS of {file!r} is empty, expected a tuple of the arms' names")
     return module
+
+
+@contextlib.contextmanager
+def _told_as_mistakes_of(file: str) -> Iterator[None]:
+    """Turns what a config file raises into a UsageError of one line, with the file's own line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        where = f"{file!r}"
+        calls = traceback.extract_tb(error.__traceback__)
+        # Paths may differ in form; a base beside it has its lines in a file of its own.
+        names = [Path(file).name, "base.py"]
+        line = next((c for c in reversed(calls) if Path(c.filename).name in names), None)
+        if isinstance(error, SyntaxError) and error.filename:
+            where = f"{error.filename!r}, line {error.lineno}"
+        elif line is not None:
+            where = f"{line.filename!r}, line {line.lineno}"
+        text = shortened(" ".join(str(getattr(error, "msg", None) or error).split()), 200)
+        raise UsageError(f"{where} fails: {type(error).__name__}: {text}") from None
 
 
 def override(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
@@ -100,39 +156,72 @@ def override(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
     "None" is None for a key that can be None: for one that the config file made by `placeholder`.
 
     Raises:
-      UsageError: an unknown key, with the nearest valid one, or a value of another type.
+      UsageError: an unknown key, with the nearest valid one, or a value of another type, or one
+        that its option can't have.
     """
     known = flatten(config)
     for assignment in assignments:
         key, equals, _ = assignment.partition("=")
         if key not in known:
-            groups = {name.rpartition(".")[0] for name in known}
+            groups = {name.rpartition(".")[0] for name in known} - {""}
             why = "is a group of keys" if key in groups else "is no config key"
             raise UsageError(f"{key!r} {why}{nearest(key, known)}")
         if not equals:
             raise UsageError(f"{key!r} has no value: expected {key}=VALUE")
-    config = copy.deepcopy(config)
     # Of a key that is set twice the last counts; the flag of a tuple would join them.
     last = {assignment.partition("=")[0]: assignment for assignment in assignments}
-    for key, assignment in list(last.items()):
+    changed = copy.deepcopy(config)
+    try:
+        _set(changed, last)
+    except (flags.Error, ValueError, TypeError):
+        for key, assignment in last.items():
+            _check_type(config, key, assignment)
+        raise
+    # Only what was set: a pattern that follows from a wrong size could not be found.
+    given = {key: functools.reduce(operator.getitem, key.split("."), changed) for key in last}
+    check_values({"model.name": changed.get("model", {}).get("name"), **given}, last)
+    return changed
+
+
+def _set(config: ConfigDict, assignments: Mapping[str, str]) -> None:
+    """Sets keys of a config, each to its own type; raises what a wrong value makes absl raise."""
+    words = ["config"]
+    for key, assignment in assignments.items():
+        *groups, name = key.split(".")
+        group = functools.reduce(operator.getitem, groups, config)
+        if isinstance(group[name], list):  # A saved config has lists for its tuples.
+            with group.unlocked():
+                values = tuple(group[name])
+                del group[name]  # Or its type would stay.
+                group[name] = values
         if assignment == f"{key}=None" and _can_be_none(config, key):
             config.update_from_flattened_dict({key: None})
-            del last[key]
-    argv = ["config", *(f"--config.{assignment}" for assignment in last.values())]
+        else:
+            words.append(f"--config.{assignment}")
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
+    values(words)
+
+
+def _check_type(config: ConfigDict, key: str, assignment: str) -> None:
+    """Raises UsageError if a value is none of its key's type."""
     try:
-        values(argv)
-    except (flags.Error, ValueError, TypeError) as error:
-        raise UsageError(" ".join(str(error).split())) from None
-    return config
+        _set(copy.deepcopy(config), {key: assignment})
+    except (flags.Error, ValueError, TypeError):
+        *groups, name = key.split(".")
+        group = functools.reduce(operator.getitem, groups, config)
+        kind = group.get_type(name)
+        expected = _TYPES.get(kind, f"a {kind.__name__}")
+        or_none = " or None" if _can_be_none(config, key) else ""
+        raise UsageError(f"{assignment}: expected {expected}{or_none}") from None
 
 
 def _can_be_none(config: ConfigDict, key: str) -> bool:
     *groups, name = key.split(".")
-    for group in groups:
-        config = config[group]
-    return isinstance(dict(config.items(preserve_field_references=True))[name], FieldReference)
+    group = functools.reduce(operator.getitem, groups, config)
+    value = dict(group.items(preserve_field_references=True))[name]
+    # Not what is derived from other keys, which is a reference of another class.
+    return type(value) is FieldReference
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
@@ -153,6 +242,7 @@ LEFT_OUT = flatten(
         # Only digits lacked these, and they have no use for them.
         "data": {
             "dir": "",
+            "formats": "usual",
             "fit": "stretch",
             "val_fraction": 0.1,
             "test_fraction": 0.2,

@@ -1,24 +1,32 @@
-"""What a run tells while it works: a progress bar on a terminal, plain lines elsewhere, a file."""
+"""What a command tells: how far it is, on a terminal, in lines and in a file; and how it ends."""
 
 import argparse
 import contextlib
 import dataclasses
+import errno
+import functools
 import logging
+import os
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from aim_flax.errors import DataError, DivergenceError, InterruptionError, UsageError
 from aim_flax.files import write_json
+from aim_flax.names import printable
 
 COMMAND = "aim-flax"
 _SECONDS_BETWEEN_FILES = 10.0
+# What the system refuses because of how the machine is, not of what the code does.
+_OF_THE_MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+)
 
 
 class Pace:
@@ -105,6 +113,10 @@ class Reporter:
         seconds: float = 0.5,
         file: Path | None = None,
     ):
+        # Imported here, so that a command is quick to say what is wrong with its flags.
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._total, self._seconds = total, seconds
         self._file = None if file is None else ProgressFile(file)
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
@@ -196,7 +208,11 @@ class Part:
 
 def fail(message: str) -> None:
     """Prints one line on standard error, after the program's name."""
-    print(f"{sys.argv[0].rpartition('/')[2]}: {message}", file=sys.stderr)
+    print(f"{_program()}: {printable(message)}", file=sys.stderr)
+
+
+def _program() -> str:
+    return os.path.basename(sys.argv[0])
 
 
 def called(script: str) -> str:
@@ -220,7 +236,14 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(called(prog), **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
+        self.exit(2, f"{self.prog}: {printable(message)}; --help lists the flags\n")
+
+
+def folder(text: str) -> str:
+    """Returns the value of a flag that names a folder; an unset variable of a shell is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, expected a folder")
+    return text
 
 
 def parse_with_overrides(
@@ -240,11 +263,73 @@ def parse_with_overrides(
     return args, assignments
 
 
+def as_command(stopped: str = "") -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Makes a program's main of a function of its flags, which reports errors.
+
+    Given no flags it is the program itself, and ends on signals, see `end_on_signals`.
+
+    Args:
+      stopped: what the line about the signal says besides.
+    """
+
+    def decorate(main: Callable[[Any], None]) -> Callable[..., None]:
+        @functools.wraps(main)
+        def run(argv: Sequence[str] | None = None) -> None:
+            if argv is None:
+                end_on_signals(stopped)
+            with reporting_errors():
+                main(argv)
+
+        return run
+
+    return decorate
+
+
+class _End:
+    """A handler of signals that ends the process."""
+
+    def __init__(self, stopped: str):
+        self._stopped = stopped
+
+    def __call__(self, signum: int, frame: object) -> None:
+        end_process(signum, self._stopped)
+
+
+def end_on_signals(stopped: str = "") -> None:
+    """Makes Ctrl-C and SIGTERM end the process at once, with one line, and `stopped` in it.
+
+    From now on, also while Python goes down, and wherever nothing else handles them. Without an
+    exception: raised while a C++ module is imported it aborts the process, and in a callback it is
+    lost. And without the end of Python, which waits for threads, or crashes where they go on.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    for signum, handler in usual.items():
+        there = signal.getsignal(signum)
+        if there == handler or isinstance(there, _End):
+            signal.signal(signum, _End(stopped))
+
+
+def end_process(signum: int, stopped: str = "") -> NoReturn:
+    """Prints a line and ends the process as a signal does."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        # Not by print, which the signal may have interrupted; a progress bar hides the cursor.
+        show_cursor = "\x1b[?25h\n" if sys.stdout.isatty() else ""
+        what = f"stopped by {signal.Signals(signum).name}{stopped and f'; {stopped}'}"
+        os.write(2, f"{show_cursor}{_program()}: {what}\n".encode())
+    os._exit(128 + signum)
+
+
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
     """Makes one line and an exit status of what a user did wrong; for a block or a command."""
     # Orbax and absl log every step of every checkpoint, which nobody needs to see.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except UsageError as error:
@@ -256,12 +341,25 @@ def reporting_errors() -> Iterator[None]:
     except InterruptionError as error:
         fail(str(error))
         sys.exit(128 + error.signal)
+    except BrokenPipeError:
+        # Who read the output has left. Python would complain once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        sys.exit(1)
     except RuntimeError as error:
+        line = str(error).partition("\n")[0]
+        if line.startswith("Unable to initialize backend"):
+            fail(line)
+            sys.exit(2)
         # XLA's message starts like this on all platforms.
-        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+        if not line.startswith("RESOURCE_EXHAUSTED"):
             raise
         fail(
-            f"{str(error).splitlines()[0]}; what needs less memory: a smaller train.batch_size or"
+            f"{line}; what needs less memory: a smaller train.batch_size or"
             " eval.batch_size, data.in_memory_mb=0, dtype=bfloat16, ablate.py's"
             " --seeds-per-program 1"
         )

@@ -4,12 +4,14 @@ import contextlib
 import csv
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aim_flax.errors import UsageError
+from aim_flax.names import fonts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,21 +39,35 @@ def writing(folder: Path) -> Iterator[None]:
         raise UsageError(f"{folder} is not writable: {error.strerror}") from None
 
 
-def check_writable(*places: Path | None) -> None:
-    """Raises UsageError unless a file can be written at each place; None: nowhere."""
-    for place in places:
-        if place is None:
-            continue
-        folder = place.absolute().parent
-        if place.is_dir():
-            raise UsageError(f"{place} is a folder, expected a file to write")
-        if not folder.is_dir():
-            raise UsageError(f"{place} can't be written: there is no folder {folder}")
-        if not os.access(folder, os.W_OK):
-            raise UsageError(f"{place} can't be written: {folder} is not writable")
-    given = [place.resolve() for place in places if place is not None]
-    if len(set(given)) < len(given):
-        raise UsageError(f"{given[0]} is asked for twice: choose another place for one of them")
+def check_outputs(asked: Sequence[tuple[str, Path]]) -> None:
+    """Raises UsageError unless files can be written at the places that flags name, one at each.
+
+    Args:
+      asked: flags and places.
+    """
+    taken = set()
+    for flag, path in asked:
+        check_output(flag, path)
+        if path.resolve() in taken:
+            raise UsageError(f"{flag} is {path}, where another file is asked for: choose another")
+        taken.add(path.resolve())
+
+
+def check_output(flag: str, path: Path) -> None:
+    """Raises UsageError unless a file can be written at a place that a flag names."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"{flag} is {path}, but there is no folder {path.parent}")
+    if path.is_dir():
+        raise UsageError(f"{flag} is {path}, a folder, expected a file to write")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{flag} is {path}, a pipe or a device, expected a file to write")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"{path.parent} is not writable: {error.strerror}"
+        raise UsageError(f"{flag} is {path}, but {reason}") from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -60,7 +76,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
+    # Names of files and classes may have bytes that are no text.
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -69,14 +86,17 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     lines = [columns, *([row[column] for column in columns] for row in rows)]
-    # Names of files may have bytes that are not text; they are written as they are.
-    how = dict(newline="", encoding="utf-8", errors="surrogateescape")
+    how = dict(newline="", encoding="utf-8", errors="backslashreplace")
     with _replacing(path) as temporary, temporary.open("w", **how) as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Writes a figure as PNG."""
+    """Writes a figure as PNG; its texts may have letters that Matplotlib's own font lacks."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_fontfamily(fonts())
     with _replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -94,8 +114,8 @@ def read_json(path: Path) -> Any:
       UsageError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{path} not found: {path.parent} is no run's workdir") from None
     except ValueError as error:
         raise UsageError(f"{path} is damaged: {error}") from None

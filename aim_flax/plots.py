@@ -7,14 +7,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from aim_flax.names import drawable
+
 # Up to so many epochs each is a point on its line. A run of one epoch is a point alone.
 _POINTS = 30
 LONGEST_NAME = 28
 
 
 def plain(text: str) -> str:
-    """Returns a text that matplotlib draws as it is: a dollar sign starts no formula."""
-    return text.replace("$", r"\$")
+    """Returns a text as matplotlib can draw it, see `drawable`, whole."""
+    return drawable(text, 1000)
 
 
 def short(names: Sequence[str], longest: int = LONGEST_NAME) -> list[str]:

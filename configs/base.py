@@ -4,10 +4,55 @@ experiment or a flag sets another.
 `from . import base` finds this file from any folder that has no base.py of its own.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
+
+
+class Derived(FieldReference):
+    """A pattern that follows from a network's sizes, also from those that flags set later.
+
+    Args:
+      model: the config of the network.
+      rule: from that to the pattern.
+    """
+
+    def __init__(self, model: ConfigDict, rule: Callable[[ConfigDict], str]):
+        super().__init__("", str)
+        self._model, self._rule = model, rule
+
+    def get(self) -> str:
+        return super().get() if self._rule is None else self._rule(self._model)
+
+    def set(self, value: Any, type_safe: bool = True) -> None:
+        super().set(value, type_safe)
+        self._rule = None  # A value of its own stays, whatever the sizes become.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # FieldReference would leave out what it doesn't know.
+
+
+def number(*sizes: int) -> str:
+    """Returns the pattern of a number up to the largest size."""
+    return r"\d" if max(sizes, default=0) < 10 else r"\d+"
+
+
+def block(model: ConfigDict) -> str:
+    """Returns the pattern of a ResNet's blocks."""
+    stages = model.stage_sizes
+    return f"stage{number(len(stages))}_block{number(*stages)}"
+
+
+def later_block(model: ConfigDict) -> str:
+    """Returns the pattern of what reads in a ResNet's blocks but for the first of each stage; "" if
+    there are none."""
+    stages = model.stage_sizes
+    if max(stages, default=0) < 2:
+        return ""
+    later = "[2-9]" if max(stages) < 10 else r"(?!1\b)\d+"
+    return f"stage{number(len(stages))}_block{later}/conv1"
 
 
 def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
@@ -33,6 +78,7 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     config.data.scale = 255.0  # pixels are divided by it
     # The rest is not for digits, which are not read from files and have splits of their own.
     config.data.dir = ""  # the folder; of TFDS, where it prepared the dataset ("": its own place)
+    config.data.formats = "usual"  # jpg, png, webp; or all: what Pillow reads
     config.data.fit = "stretch"  # or crop: how other proportions are brought to the shape
     config.data.val_fraction = 0.1  # of train, held out where there is no validation split
     config.data.test_fraction = 0.2  # of a folder without any splits
@@ -86,7 +132,9 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
         config.model.batch_norm = False
         config.model.dropout = 0.0
         config.memory.read = r"layer\d+/dense|head"
-        config.memory.update_after = r"layer\d+"
+        config.memory.update_after = Derived(
+            config.model, lambda model: r"layer\d+" if model.features else ""
+        )
     elif model == "resnet":
         config.model.stage_sizes = (3, 4, 6, 3)  # blocks in each stage
         config.model.width = 64  # channels of the stem and stage 1; each further stage doubles it
@@ -96,9 +144,8 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
         config.model.momentum = 0.99  # of the batch norms
         config.model.epsilon = 1e-3
         config.model.pointwise = "einsum"  # or conv: how 1x1 convolutions are computed
-        config.memory.read = r"stage\d_block\d/conv1"
-        # All but a stage's first block.
-        config.memory.read_initial = r"stage\d_block[2-9]/conv1"
+        config.memory.read = Derived(config.model, lambda model: f"{block(model)}/conv1")
+        config.memory.read_initial = Derived(config.model, later_block)
         config.memory.update_after = r"stage[123]_block1"
     elif model == "vgg":
         config.model.stage_sizes = (2, 2, 3, 3, 3)  # convolutions in each stage
@@ -108,7 +155,13 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
         config.model.batch_norm = False  # after each convolution
         config.model.momentum = 0.99  # of the batch norms
         config.model.epsilon = 1e-3
-        config.memory.read = r"stage\d_conv\d|dense\d|head"
+        config.memory.read = Derived(
+            config.model,
+            lambda model: (
+                f"stage{number(len(model.stage_sizes))}_conv{number(*model.stage_sizes)}"
+                f"|dense{number(len(model.dense_sizes))}|head"
+            ),
+        )
         config.memory.update_after = r"stage[1-4]_pool"
 
     # None is left to optax. An optimiser refuses an option that it does not take.

@@ -52,7 +52,9 @@ def get_config(arm: str = "published") -> base.ConfigDict:
     if arm == "aim_state":
         config.memory.carry = "state"
     if arm == "aim_every_conv":
-        config.memory.read = r"stem/conv|stage\d_block\d/(conv\d|shortcut)"
+        config.memory.read = base.Derived(
+            config.model, lambda model: rf"stem/conv|{base.block(model)}/(conv\d|shortcut)"
+        )
     if arm == "aim_kernel7":
         config.memory.update(kind="conv", kernel_size=7)
     return config

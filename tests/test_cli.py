@@ -30,7 +30,7 @@ FLAGS = flags(*SMALL)
         (["--config", "configs/nothing.py"], "config file 'configs/nothing.py' not found"),
         (["--config", DIGITS, "stray"], "unknown argument 'stray'"),
         (["--config", DIGITS, "--confg.seed=1"], "unknown argument '--confg.seed=1'"),
-        (["--config", DIGITS, "--config.seed=x"], "invalid literal for int"),
+        (["--config", DIGITS, "--config.seed=x"], "seed=x: expected a whole number"),
         (["--config", DIGITS, "--config.memory.shape=(0,)"], "each at least 1, not (0,)"),
         (["--config", DIGITS, "--config.memory.read=layer2/dens"], "did you mean 'layer2/dense'?"),
         ([], "the following arguments are required: --config"),

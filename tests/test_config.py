@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -46,9 +48,9 @@ def test_overrides_take_the_type_of_the_key():
         ("train.epoch=5", "'train.epoch' is no config key .did you mean 'train.epochs'"),
         ("train=5", "'train' is a group of keys"),
         ("train.epochs", "'train.epochs' has no value"),
-        ("train.epochs=many", "train.epochs=many: invalid literal for int"),
-        ("train.epochs=2.5", "train.epochs=2.5: invalid literal for int"),
-        ("train.epochs=None", "train.epochs=None: invalid literal for int"),
+        ("train.epochs=many", "^train.epochs=many: expected a whole number$"),
+        ("train.epochs=2.5", "train.epochs=2.5: expected a whole number"),
+        ("train.epochs=None", "train.epochs=None: expected a whole number"),
     ],
 )
 def test_wrong_overrides_are_named_and_change_nothing(assignment, message):
@@ -139,7 +141,57 @@ def test_a_key_that_is_missing_has_its_value_of_before(arm):
     assert set(configs.differing_keys(ConfigDict(from_before(changed)), config)) == changes.keys()
 
 
-OWN_BASE = "from ml_collections import ConfigDict\nstart = lambda *_: ConfigDict({'who': '%s'})\n"
+SIZES = ((1,), (1, 1, 1, 1), (2, 1, 1, 1), (3, 4, 6, 3), (3, 4, 23, 3), (1,) * 11)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("arm", [arm for arm in arms() if load(arm).model.name == "resnet"])
+def test_patterns_follow_the_sizes_of_a_resnet(arm, sizes):
+    """All blocks read, and all but the first of each stage read the second memory, if any does."""
+    memory = load(arm, [f"model.stage_sizes={sizes}"]).memory
+    if memory is None:
+        return
+    blocks = [(s, b) for s, size in enumerate(sizes, 1) for b in range(1, size + 1)]
+    paths = {f"stage{s}_block{b}/conv1": b for s, b in blocks}
+    assert all(re.fullmatch(memory.read, path) for path in paths)
+    later = {path for path, b in paths.items() if b > 1}
+    wired_as_published = load(arm).memory.read_initial != ""
+    found = {path for path in paths if re.fullmatch(memory.read_initial, path)}
+    assert found == (later if wired_as_published else set())
+    # A pattern that matches nothing is refused.
+    assert bool(memory.read_initial) == bool(found)
+
+
+@pytest.mark.parametrize(
+    ("arm", "sizes"),
+    [
+        ("image_folder_resnet50:aim", ["model.stage_sizes=(1,1,1,1)", "model.num_classes=3"]),
+        ("digits_mlp:aim", ["model.features=()"]),
+        ("cifar10_vgg16:aim", ["model.stage_sizes=(11,)", "model.widths=(4,)"]),
+    ],
+)
+def test_a_latched_network_of_unusual_sizes_can_be_built(arm, sizes):
+    smaller = ["model.width=4"] if "resnet" in arm else []
+    config = load(arm, [*sizes, *smaller])
+    image = jax.ShapeDtypeStruct((1, *config.data.image_shape), "float32")
+    reads = [place.path for place in build_model(config).places(image) if place.what == "read"]
+    assert len(reads) == {"image": 4, "digit": 1, "cifar": 14}[arm[:5]]
+
+
+def test_a_pattern_of_ones_own_stays_as_it_is():
+    changes = ["memory.read_initial=head", "model.stage_sizes=(1,1,1,1)"]
+    assert load("image_folder_resnet50:aim", changes).memory.read_initial == "head"
+    assert load("image_folder_resnet50:aim", changes[::-1]).memory.read_initial == "head"
+    config = configs.override(
+        load("image_folder_resnet50:aim", changes[1:]), ["model.stage_sizes=(2,2)"]
+    )
+    assert config.memory.read_initial == r"stage\d_block[2-9]/conv1"
+
+
+OWN_BASE = """
+import configs.base
+start = lambda name, *rest: configs.base.start("%s", *rest)
+"""
 EXPERIMENT = """
 from . import base
 ARMS = ("a", "b")
@@ -155,7 +207,7 @@ def test_a_config_imports_the_base_beside_it_or_else_that_of_configs(tmp_path, m
         if folder != "none":
             Path(folder, "base.py").write_text(OWN_BASE % folder)
     for folder in ("x", "y", "x"):
-        assert configs.load(f"{folder}/my.config.py").who == folder
+        assert configs.load(f"{folder}/my.config.py").name == folder
         mine = configs.load("none/my.config.py:b")
         assert configs.flatten(mine) == configs.flatten(base.start("mine", "b", "mlp"))
 
@@ -209,6 +261,21 @@ def test_keys_that_some_configs_lacked_work_in_every_config(key, value):
         config = load(arm, [f"{key}={value}"])
         assert configs.flatten(config)[key] == value
         assert configs.differing_keys(config, load(arm)) == [key]
+
+
+def test_none_is_for_keys_that_can_be_none_only():
+    """A pattern that follows from sizes is a text, though it is kept as a reference, too."""
+    with refused("^model.stage_sizes is .None,., expected a number for each stage"):
+        load("image_folder_resnet50:aim", ["model.stage_sizes=None"])
+    assert load("image_folder_resnet50:aim", ["memory.read=None"]).memory.read == "None"
+
+
+def test_a_saved_config_takes_tuples_for_its_lists():
+    saved = ConfigDict(json.loads(configs.to_json(load("digits_mlp:aim")))).lock()
+    changed = configs.override(saved, ["data.image_shape=(9,9,3)", "eval.batch_size=7"])
+    assert changed.data.image_shape == (9, 9, 3)
+    assert saved.data.image_shape == [8, 8, 1]
+    assert configs.differing_keys(saved, changed) == ["data.image_shape", "eval.batch_size"]
 
 
 def test_differing_keys_are_listed():

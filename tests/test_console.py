@@ -1,12 +1,18 @@
 """What a run says while it goes: lines at times, the time left, and a bar on a terminal."""
 
+import errno
+import os
 import re
+import subprocess
 import sys
 import time
 
 import pytest
 
-from aim_flax.console import Part, Reporter
+from aim_flax.cli import evaluate as evaluate_command
+from aim_flax.console import Part, Reporter, reporting_errors
+from aim_flax.evaluate.interventions import KINDS
+from tests.runs import ROOT
 
 
 @pytest.fixture
@@ -106,3 +112,46 @@ def test_a_terminal_has_a_bar_and_what_is_said_above_it(monkeypatch, capsys, qui
     assert said
     assert ("step 40/100" in bar) == ("loss 0.2500" in bar) == (not quiet)
     assert "step 40/100: " not in text  # no plain line beside it
+
+
+def ends(capsys, error: Exception) -> tuple[int, str]:
+    """Returns the exit status of a command that raises an error, and the line after its name."""
+    with pytest.raises(SystemExit) as end, reporting_errors():
+        raise error
+    (line,) = capsys.readouterr().err.splitlines()
+    return end.value.code, line.partition(": ")[2]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_what_the_machine_refuses_is_one_line(capsys, number):
+    reason = os.strerror(number)
+    assert ends(capsys, OSError(number, reason, "a\nb")) == (1, rf"a\nb: {reason}")
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    with pytest.raises(FileNotFoundError), reporting_errors():
+        raise FileNotFoundError(errno.ENOENT, "of a bug", "file")
+
+
+def test_a_platform_that_is_not_there_is_one_line(capsys):
+    error = RuntimeError("Unable to initialize backend 'tup': it is no backend\nmore")
+    assert ends(capsys, error) == (2, "Unable to initialize backend 'tup': it is no backend")
+
+
+def test_who_reads_the_output_may_leave():
+    """As head does; Python itself would complain at the end."""
+    code = (
+        "from aim_flax.console import reporting_errors\n"
+        "with reporting_errors():\n    while True: print('line')"
+    )
+    command = [sys.executable, "-c", code]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_eval_names_the_interventions_without_importing_them():
+    assert evaluate_command._KINDS == KINDS

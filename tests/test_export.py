@@ -153,7 +153,7 @@ def test_export_goes_into_the_workdir_by_itself(run, capsys, tmp_path):
     assert places == [str(workdir / "network.zip"), str(workdir / "network.safetensors")]
     for flag, message in {
         "network.onnx": "--to is network.onnx, expected a name that ends in .zip or .safetensors",
-        f"{tmp_path}/no/network.zip": "network.zip can't be written: there is no folder",
+        f"{tmp_path}/no/network.zip": "network.zip, but there is no folder",
     }.items():
         line = fails(capsys, export_command.main, "--workdir", str(workdir), "--to", flag)
         assert message in line

@@ -1,15 +1,18 @@
 """Folders of images: what is found, how it is split, and what is said of wrong layouts."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from aim_flax.data.folder import read_folder, survey
+from aim_flax.data.folder import MORE_SUFFIXES, passed_over, read_folder, survey
 from aim_flax.data.images import load
+from aim_flax.data.load import open_dataset, with_classes
 from aim_flax.errors import UsageError
 from tests.asserts import refused
+from tests.runs import load as load_config
 
 
 def make(root: Path, *paths: str) -> Path:
@@ -19,7 +22,7 @@ def make(root: Path, *paths: str) -> Path:
         if path.endswith("/"):
             (root / path).mkdir(exist_ok=True)
         else:
-            (root / path).write_text(path)
+            (root / path).write_bytes(os.fsencode(path))
     return root
 
 
@@ -147,6 +150,134 @@ def test_linked_class_folders_are_followed(tmp_path):
 )
 def test_wrong_layouts(tmp_path, paths, message):
     assert complaint(make(tmp_path, *paths)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("validation", "val"),
+        ("Valid", "val"),
+        ("dev", "val"),
+        ("training", "train"),
+        ("tst", "test"),
+    ],
+)
+def test_other_names_of_splits_are_told(tmp_path, name, meant):
+    make(tmp_path, "train/a/1.jpg", "test/a/1.jpg", f"{name}/a/1.jpg")
+    assert complaint(tmp_path).endswith(f"train, val and test there (did you mean {meant!r}?)")
+
+
+def test_the_folder_that_is_meant_is_named(tmp_path):
+    make(tmp_path, "dataset/train/a/1.jpg", "dataset/test/a/1.jpg", "notes.txt")
+    assert (
+        complaint(tmp_path)
+        == "DIR has no train and test, but DIR/dataset has: expected that folder"
+    )
+
+
+def test_a_link_in_a_circle_is_named_and_the_rest_is_found(tmp_path):
+    make(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/a/1.jpg")
+    for link in ("train/aa", "train/b/0.jpg"):
+        (tmp_path / link).symlink_to(Path(link).name)
+    dataset, problems = survey(tmp_path)
+    reason = "can't be read: Too many levels of symbolic links"
+    assert problems == [f"{tmp_path}/{link} {reason}" for link in ("train/aa", "train/b/0.jpg")]
+    assert [path for path, _ in contents(dataset.splits["train"])] == [
+        "train/a/1.jpg",
+        "train/b/1.jpg",
+    ]
+
+
+OTHERS = ("a.gif", "b.GIF", "c.heic", "d.bmp", "e.txt", "Makefile", "deeper/1.jpg", ".hidden.gif")
+
+
+def with_others(root: Path) -> Path:
+    """Each class has an image, and what is none."""
+    make(
+        root,
+        *(f"{split}/{c}/{name}" for split in ("train", "test") for c in "xy" for name in OTHERS),
+    )
+    make(root, *(f"{split}/{c}/1.jpg" for split in ("train", "test") for c in "xy"))
+    os.symlink("nowhere", root / "train/x/link")
+    os.mkfifo(root / "train/x/pipe.jpg")
+    return root
+
+
+def test_what_is_passed_over_is_counted(tmp_path):
+    dataset = read_folder(with_others(tmp_path), 0, 0)
+    assert dataset.passed_over == {
+        ".bmp": 4,
+        ".gif": 8,
+        ".heic": 4,
+        ".txt": 4,
+        "broken links": 1,
+        "folders within classes": 4,
+        "pipes, sockets and devices": 1,
+        "without a suffix": 4,
+    }
+    assert passed_over(dataset) == (
+        "4 .bmp, 8 .gif, 4 .heic, 4 .txt, 1 broken links, 4 folders within classes, 1 pipes,"
+        " sockets and devices, 4 without a suffix; data.formats=all reads .bmp, .gif"
+    )
+
+
+def test_a_run_says_once_what_is_passed_over(tmp_path, capsys):
+    changes = [f"data.dir={with_others(tmp_path)}", "data.val_fraction=0", "eval.select_on=test"]
+    for _ in range(2):
+        open_dataset(load_config("image_folder_resnet50:control", changes))
+    line = f"{tmp_path}: passed over 4 .bmp, 8 .gif, "
+    assert [text[: len(line)] for text in capsys.readouterr().err.splitlines()] == [line]
+    open_dataset(load_config("image_folder_resnet50:control", [*changes, "data.formats=all"]))
+    assert "passed over 4 .heic" in capsys.readouterr().err
+
+
+def test_all_formats_are_read_when_asked(tmp_path):
+    pixels = np.full((6, 5, 3), 255, np.uint8)
+    pixels[:3] = 0
+    (tmp_path / "train/a").mkdir(parents=True)
+    for suffix in MORE_SUFFIXES:
+        image = Image.fromarray(pixels)
+        if suffix in (".pbm", ".pgm"):
+            image = image.convert({".pbm": "1", ".pgm": "L"}[suffix])
+        image.save(tmp_path / f"train/a/{suffix[1:]}{suffix}")
+    make(tmp_path, "test/a/1.jpg")
+    records = read_folder(tmp_path, 0, 0, "all").splits["train"]
+    assert len(records) == len(MORE_SUFFIXES)
+    for i in range(len(records)):
+        found = load(records.read(i)[0], (6, 5, 3)).astype(int)
+        assert np.abs(found - pixels).max() <= 8, records.name(i)
+    assert "data.formats=all reads .avif, .bmp" in complaint(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["file", "link"])
+def test_a_pipe_keeps_nobody_waiting(tmp_path, how):
+    """Also where it took the place of an image since."""
+    make(tmp_path, "train/a/1.jpg", "train/a/2.jpg", "test/a/1.jpg")
+    records = read_folder(tmp_path, 0, 0).splits["train"]
+    place = tmp_path / "train/a/1.jpg"
+    place.unlink()
+    os.mkfifo(tmp_path / "pipe" if how == "link" else place)
+    if how == "link":
+        place.symlink_to(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is no file"):
+        records.read(0)
+    assert len(read_folder(tmp_path, 0, 0).splits["train"]) == 1
+
+
+def test_names_may_hold_anything(tmp_path):
+    odd = "a\nb \udcff $ 猫 🐈"
+    make(tmp_path, f"train/{odd}/{odd}.jpg", f"test/{odd}/1.jpg", "train/b/1.jpg")
+    dataset = read_folder(tmp_path, 0, 0)
+    assert dataset.classes == (odd, "b")
+    assert dataset.splits["train"].read(0)[1] == 0
+
+
+def test_a_single_class_is_refused_in_training(tmp_path):
+    make(tmp_path, "train/a/1.jpg", "test/a/1.jpg")
+    with refused("^folder has one class, 'a', expected at least two, to be told apart$"):
+        with_classes(
+            load_config("image_folder_resnet50:control"), read_folder(tmp_path, 0, 0).classes
+        )
 
 
 @pytest.mark.parametrize(

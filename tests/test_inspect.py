@@ -70,6 +70,7 @@ def test_clean_folder(clean, capsys):
         "0 images can't be read",
         "0 images are there more than once, 0 of them in more than one split, 0 in more than one"
         " class",
+        "0 images look like one in another split or class",
     ]
 
 
@@ -95,7 +96,9 @@ def test_every_unreadable_image_is_told(clean, capsys):
 
 def duplicate_lines(out: str) -> list[str]:
     lines = out.splitlines()
-    return lines[next(i for i, line in enumerate(lines) if "more than once" in line) : -1]
+    start = next(i for i, line in enumerate(lines) if "more than once" in line)
+    assert lines[-2] == "0 images look like one in another split or class"
+    return lines[start:-2]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +144,69 @@ def test_the_same_pixels_in_another_file_are_duplicates(clean, capsys):
     ]
 
 
+def photograph(seed: int) -> Image.Image:
+    """Returns something with large shapes, as photographs have them."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(coarse).resize((120, 100), Image.Resampling.BICUBIC)
+
+
+def put(image: Image.Image, path: Path, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def test_copies_that_were_saved_again_are_found(clean, capsys):
+    for i in range(8):
+        put(photograph(i), clean / f"train/apple/p{i}.jpg", quality=90)
+    with Image.open(clean / "train/apple/p0.jpg") as image:
+        put(image, clean / "test/apple/as_png.png")
+        put(image.resize((60, 50)), clean / "val/apple/smaller.jpg")
+        # Within its split and class it is no leak.
+        put(image, clean / "train/apple/again.png")
+    with Image.open(clean / "train/apple/p1.jpg") as image:
+        put(image, clean / "train/pear/worse.jpg", quality=30)
+    with Image.open(clean / "train/apple/p2.jpg") as image:
+        put(image.rotate(90, expand=True), clean / "test/pear/turned.jpg")
+    status, out, _ = run(clean, capsys)
+    assert status == 1
+    lines = out.splitlines()
+    start = lines.index("2 images look like one in another split or class")
+    found = {
+        frozenset(line.removeprefix("  alike: ").split(", "))
+        for line in lines[start + 1 : start + 3]
+    }
+    of_p0 = {"DIR/val/apple/smaller.jpg", "DIR/test/apple/as_png.png"}
+    (group,) = (one for one in found if of_p0 <= one)
+    assert group - of_p0 <= {"DIR/train/apple/p0.jpg", "DIR/train/apple/again.png"}
+    assert len(group) >= 3
+    assert {"DIR/train/apple/p1.jpg", "DIR/train/pear/worse.jpg"} in found
+
+
+def test_what_is_passed_over_and_odd_names_are_told(clean, capsys):
+    save(clean / "train/apple/7.gif", 50)
+    save(clean / "train/pear/8.bmp", 51)
+    (clean / "train/a\nb|c\udcff").mkdir()
+    save(clean / "train/a\nb|c\udcff/1\n.png", 52)
+    save(clean / "train/a\nb|c\udcff/2\n.png", 52)
+    status, out, _ = run(clean, capsys)
+    assert status == 0
+    assert "passed over: 1 .bmp, 1 .gif; data.formats=all reads .bmp, .gif\n" in out
+    assert r"| a\nb\|c\udcff |" in out
+    assert r"  same bytes: DIR/train/a\nb|c\udcff/1\n.png, " in out
+    status, out, _ = run(clean, capsys, "--formats", "all")
+    assert "passed over" not in out
+    assert "BMP (1)" in out
+    assert "GIF (1)" in out
+
+
+def test_a_single_class_is_a_fault(tmp_path, capsys):
+    for i in range(20):
+        save(tmp_path / f"one/a/{i}.png", i)
+    status, out, _ = run(tmp_path / "one", capsys)
+    assert status == 1
+    assert "layout: DIR has one class, expected at least two, to tell apart\n" in out
+
+
 def test_problems_of_layout_do_not_stop_it(clean, capsys):
     save(clean / "test/peer/0.png", 40)
     (clean / "train/plum").mkdir()
@@ -159,9 +225,10 @@ def test_fractions_make_the_splits_that_are_not_there(clean, capsys, tmp_path):
     root = tmp_path / "unsplit"
     for i in range(20):
         save(root / f"a/{i}.png", i)
+        save(root / f"b/{i}.png", 20 + i)
     status, out, _ = run(root, capsys, "--val-fraction", "0.25", "--test-fraction", "0.4")
     assert status == 0
-    assert "| all   |     9 |   3 |    8 |" in out
+    assert "| all   |    18 |   6 |   16 |" in out
     status, _, err = run(root, capsys, "--test-fraction", "0")
     assert status == 2
     assert "test_fraction is 0, expected more" in err

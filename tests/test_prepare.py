@@ -282,5 +282,7 @@ def test_ctrl_c_ends_at_once_and_says_how_to_go_on(tmp_path, server):
     assert time.monotonic() - start < 20
     assert process.returncode == 128 + signal.SIGINT
     last = error.splitlines()[-1]
-    assert last.endswith("stopped; complete downloads are kept, and the same command goes on")
+    assert last.endswith(
+        "stopped by SIGINT; complete downloads are kept, and the same command goes on"
+    )
     assert "Traceback" not in error

@@ -249,6 +249,9 @@ def test_comparison_is_paired_by_seed_and_corrected():
         study_table.arm_table(rows, "plane")
     with refused("two runs are of arm a and seed 3"):
         study_table.arm_table([*rows, {"arm": "a", "seed": 3, "test_accuracy": 0.5, "params": 9}])
+    placed = [row | {"workdir": f"runs/{i}"} for i, row in enumerate([rows[0], rows[0]])]
+    with refused("two runs are of arm plain and seed 5: runs/0 and runs/1$"):
+        study_table.arm_table(placed)
 
 
 def test_runs_without_a_result_are_counted_and_named(tmp_path):
@@ -259,7 +262,7 @@ def test_runs_without_a_result_are_counted_and_named(tmp_path):
     rows = results.read_runs(sorted(tmp_path.iterdir()))
     found = [row["status"] for row in rows]
     assert found == ["finished"] * 2 + ["diverged at step 17"] + ["unfinished"] * 2
-    assert all(tuple(row) == results.COLUMNS for row in rows)
+    assert all(tuple(row) == (*results.COLUMNS, "workdir") for row in rows)
     lines = study_table.arm_table(rows, "a").splitlines()
     assert lines[2].startswith("| `a` | 2 of 4; 1 diverged, 1 unfinished | 9 | 56.25 ± 8.84 % (")
     assert lines[3] == "| `b` | 0 of 1; 1 unfinished |  |  | 0 | none | no test | no test | none |"

@@ -1,6 +1,7 @@
 """Images that stream through the host: the same batches however they are loaded."""
 
-from contextlib import closing
+import contextlib
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import jax
@@ -17,10 +18,11 @@ from aim_flax.devices import Devices
 from aim_flax.errors import DataError
 from aim_flax.train import loop
 from aim_flax.train.evaluate_run import evaluate_run
+from aim_flax.train.workdir import held
 from tests.asserts import assert_close, assert_equal, refused
 from tests.photos import Photos, folder, write_folder
-from tests.processes import interrupted
-from tests.runs import assert_same_end, history
+from tests.processes import after_calls, interrupted
+from tests.runs import assert_same_end, history, read_json
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
@@ -205,18 +207,110 @@ def test_interrupted_streamed_run_goes_on_bit_equal(tmp_path, photographs):
     assert_same_end(whole, parts)
 
 
-@pytest.mark.slow
-def test_run_stops_at_a_damaged_image_and_goes_on_once_it_is_repaired(tmp_path):
-    directory = write_folder(tmp_path / "photographs")
-    config = folder(directory, "data.in_memory_mb=0.0")
-    file = directory / "val" / "class1" / "0004.png"
+def streaming(directory: Path, *assignments: str):
+    return folder(directory, "data.in_memory_mb=0.0", *assignments)
+
+
+@contextmanager
+def damaged(file: Path):
+    """Damages an image, and repairs it at the end."""
     whole = file.read_bytes()
     file.write_bytes(whole[:-40])
-    with refused("val/class1/0004.png cannot be decoded", kind=DataError):
-        loop.run(config, tmp_path / "run", 1, quiet=True)
+    yield
     file.write_bytes(whole)
-    summary = loop.run(config, tmp_path / "run", 1, quiet=True)
-    assert summary["epochs"] == 2
+
+
+def trained_at(config, step: int) -> Path:
+    """Returns the first image that a step of the first epoch takes."""
+    dataset = open_dataset(config)
+    batches = dataset.train_batches(Devices("pmap", 1), config.train.batch_size, 255.0, None)
+    first = np.asarray(batches.order(config.seed, 0))[step * config.train.batch_size]
+    return Path(dataset._splits["train"].name(int(first)))
+
+
+@pytest.mark.parametrize("compared", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_run_stops_at_a_damaged_validation_image_and_loses_nothing(tmp_path, compared):
+    """The epoch is trained, and evaluated once its images can be read; the end is the same."""
+    config = streaming(write_folder(tmp_path / "photographs"))
+    said = "val/class1/0004.png cannot be decoded: .*; saved at step 7, the same command continues"
+    with damaged(tmp_path / "photographs/val/class1/0004.png"):
+        for _ in range(2):
+            with refused(said, kind=DataError):
+                loop.run(config, tmp_path / "run", 1, quiet=True)
+    steps = []
+    with after_calls(lambda experiment, step, metrics: steps.append(step)):
+        loop.run(config, tmp_path / "run", 1, quiet=True)
+    assert steps == list(range(7, 14))
+    assert len(history(tmp_path / "run")["epoch"]) == 2
+    if compared:
+        loop.run(config, tmp_path / "undamaged", 1, quiet=True)
+        assert_same_end(tmp_path / "run", tmp_path / "undamaged")
+
+
+def test_a_damaged_training_image_stops_each_start_and_may_then_be_left_out(tmp_path, capsys):
+    config = streaming(write_folder(tmp_path / "photographs"), "train.checkpoint_minutes=0")
+    file, run = trained_at(config, 5), tmp_path / "run"
+    with damaged(file):
+        for _ in range(2):
+            # Two batches are on their way to the devices.
+            with refused(r" cannot be decoded: .*; saved at step 3, the same", kind=DataError):
+                loop.run(config, run, 1, quiet=True)
+        skipping = configs.override(config, ["data.on_error=skip"])
+        summary = loop.run(skipping, run, 1, quiet=True)
+        assert (summary["epochs"], summary["skipped_images"]) == (2, 1)
+        change = {"after_step": 3, "key": "data.on_error", "from": "stop", "to": "skip"}
+        assert read_json(run / "config_changes.json") == [change]
+        saved = read_json(run / "config.json")
+        assert saved["data"]["on_error"] == "skip"
+        # In every other way it is still the run that it was.
+        with refused("another config, which differs in train.epochs "):
+            loop.run(configs.override(skipping, ["train.epochs=3"]), run, 1, quiet=True)
+    assert f"left out: {file} cannot be decoded" in capsys.readouterr().err
+
+
+def test_a_start_that_fails_leaves_the_workdir_to_another(tmp_path, capsys):
+    config = streaming(write_folder(tmp_path / "photographs"), "train.epochs=1")
+    other = configs.override(config, ["train.batch_size=12"])
+    with damaged(trained_at(config, 0)), refused(r"0 leaves such|skip leaves", kind=DataError):
+        loop.run(config, tmp_path / "run", 1, quiet=True)
+    assert not list(tmp_path.glob("run/checkpoints/*/"))
+    with held(tmp_path / "run"), refused("another process is at work in"):
+        loop.run(other, tmp_path / "run", 1, quiet=True)
+    assert read_json(tmp_path / "run/config.json")["train"]["batch_size"] == 8
+    summary = loop.run(other, tmp_path / "run", 1, quiet=True)
+    assert summary["steps"] == 5
+    assert read_json(tmp_path / "run/config.json")["train"]["batch_size"] == 12
+    assert "a start with another config saved nothing" in capsys.readouterr().out
+    with refused(r"another config, which differs in train.batch_size \(12 there, 8 here\)"):
+        loop.run(config, tmp_path / "run", 1, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "damage", "message"),
+    [(43, 1, None), (43, 2, "2 of 43 images of .* more than 1%"), (1, 1, "no image of the split")],
+)
+def test_one_image_of_few_may_be_left_out(count, damage, message):
+    photos = Photos(count)
+    photos.encoded[:damage] = [b""] * damage
+    config = folder(Path("unused"), "data.in_memory_mb=1")
+    for evaluate in (
+        lambda data: list(data.eval_batches(Devices("pmap", 1), "test", 8, 1.0)),
+        lambda data: decode_if_small(data, config),
+    ):
+        data = streamed({"train": Photos(8), "test": photos}, on_error="skip")
+        with refused(message, kind=DataError) if message else contextlib.nullcontext():
+            evaluate(data)
+
+
+def test_images_left_out_by_an_earlier_process_are_counted(capsys):
+    """A run that goes on knows their numbers, and not what was wrong with them."""
+    photos = Photos(120)
+    photos.encoded[9] = photos.encoded[77] = b""
+    dataset = streamed({"train": photos, "test": photos}, on_error="skip")
+    dataset.skipped["train"].add(99)
+    message = "more than 1%; the last one: photo (9|77) is empty"
+    with refused(message, kind=DataError):
+        train_batches(dataset, 0, 0, 15)
 
 
 @pytest.mark.parametrize("megabytes", ["0.0", pytest.param("100.0", marks=pytest.mark.slow)])
@@ -254,7 +348,7 @@ def test_dataset_moved_elsewhere_is_found_by_a_flag(tmp_path, photographs):
         (["data.dir="], "data.dir is empty, expected a folder"),
         (["data.fit=croop"], "data.fit is 'croop', .*did you mean 'crop'"),
         (["data.on_error=go"], "data.on_error is 'go', expected one of stop, skip"),
-        (["data.threads=0"], "data.threads is 0, expected at least 1"),
+        (["data.threads=0"], "data.threads is 0, expected 1 to 1,024"),
         (["data.image_shape=(8,8,4)"], "expected height, width, and 3 channels or 1"),
         (["model.num_classes=7"], "num_classes is 7, but folder has 3 classes"),
     ],

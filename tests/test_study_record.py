@@ -47,6 +47,16 @@ def test_report_shows_each_command_line_once_as_given(tmp_path, monkeypatch):
     assert block(tmp_path / "s") == [*expected, again]
 
 
+def test_the_command_has_the_workdir_also_where_it_is_the_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train", lambda *args: {})
+    monkeypatch.chdir(tmp_path)
+    given = ["--config", DIGITS, "--arms", "aim,control", "--seeds", "2"]
+    ablate_command.main([*given, "--seeds-per-program", "1", "--devices", "1"])
+    (command,) = block(tmp_path / "runs/ablation-digits_mlp")
+    assert command.startswith(f"python ablate.py --config {DIGITS} --arms aim,control ")
+    assert command.endswith(" --devices 1 --workdir runs/ablation-digits_mlp")
+
+
 def test_what_is_written_is_what_is_read(tmp_path):
     study = add(tmp_path, asked("aim", "memory_zero", custom=["x:memory.shape=(4,)"]))
     text = (tmp_path / "study.json").read_text()

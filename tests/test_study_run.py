@@ -132,6 +132,8 @@ def test_study_leaves_runs_that_tables_and_scripts_read(whole, capsys):
         (arm, seed) for arm in ("aim_state", "control") for seed in range(2)
     ]
     assert {row["status"] for row in rows} == {"finished"}
+    # The study's folder stands for its runs, and none is counted twice.
+    assert results.read_runs([whole]) == results.read_runs([whole, whole / "control/0"]) == rows
     written = read_csv(whole / "results.csv")
     assert [float(row["test_accuracy"]) for row in written] == [r["test_accuracy"] for r in rows]
     run = whole / "aim_state" / "1"
@@ -164,6 +166,9 @@ def test_two_processes_can_write_the_same_file(tmp_path):
     path = tmp_path / "plot.png"
 
     class Figure:
+        def findobj(self, match):
+            return []
+
         def savefig(self, file, **options):
             file.write_text("last")
             files.write_text(path, "first")
@@ -178,6 +183,9 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
     path.write_text("before")
 
     class Figure:
+        def findobj(self, match):
+            return []
+
         def savefig(self, file, **options):
             file.write_text("half")
             raise OSError(28, "No space left on device")

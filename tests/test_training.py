@@ -186,7 +186,7 @@ def test_a_run_from_before_some_keys_were_there_goes_on(finished, tmp_path, caps
     [
         (["train.batch_size=63"], 2, "train.batch_size is 63, which 2 devices cannot share"),
         (["train.batch_size=4096"], 1, "batch_size is 4096, but there are 1257 training examples"),
-        (["train.epochs=0"], 1, "train.epochs is 0, expected at least 1"),
+        (["train.epochs=0"], 1, "train.epochs is 0, expected 1 to 1,000,000"),
         ([], 9, "9 devices were asked for; there are 8"),
         (
             ["memory.shape=(0,)"],

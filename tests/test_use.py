@@ -239,9 +239,9 @@ def test_a_damaged_image_is_named_and_left_out_where_asked(
     ("flags", "message"),
     [
         (["--top", "0"], "--top is 0, expected at least 1"),
-        (["--csv", "nowhere/x.csv"], "nowhere/x.csv can't be written: there is no folder"),
-        (["--json", "."], ". is a folder, expected a file to write"),
-        (["--csv", "x", "--json", "./x"], "x is asked for twice"),
+        (["--csv", "nowhere/x.csv"], "--csv is nowhere/x.csv, but there is no folder nowhere"),
+        (["--json", "."], "--json is ., a folder, expected a file to write"),
+        (["--csv", "x", "--json", "./x"], "--json is x, where another file is asked for"),
         (["--checkpoint", "7"], "no checkpoint of step 7"),
         (["--on-error", "skipp"], "invalid choice: 'skipp'"),
         (["nowhere.jpg"], "nowhere.jpg does not exist"),

@@ -1,13 +1,20 @@
 """The command line of ablate.py: trains all arms of a study with all seeds, and reports on them."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
-from aim_flax.console import CommandParser, command_line, parse_with_overrides, reporting_errors
+from aim_flax.console import (
+    CommandParser,
+    as_command,
+    command_line,
+    folder,
+    parse_with_overrides,
+)
 
 
-@reporting_errors()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="ablate.py",
@@ -39,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--reference", metavar="ARM", help="the arm to compare the others with; default: control"
     )
     parser.add_argument(
-        "--workdir", help="default: runs/ablation-<config>, for images in a folder with its name"
+        "--workdir",
+        type=folder,
+        help="default: runs/ablation-<config>, for images in a folder with its name",
     )
     parser.add_argument(
         "--seeds-per-program",
@@ -57,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--report-only", action="store_true", help="only write the report of --workdir again"
     )
     argv = sys.argv[1:] if argv is None else argv
-    command = command_line("ablate.py", argv)
     args, assignments = parse_with_overrides(parser, argv)
     if args.report_only and not args.workdir:
         parser.error("--report-only needs the --workdir of a study")
@@ -66,17 +74,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from aim_flax import devices
     from aim_flax.study.plan import plan
-    from aim_flax.study.run import run, write_report
+    from aim_flax.study.run import default_workdir, run, write_report
 
     if args.report_only:
-        write_report(args.workdir, args.reference, command=command)
+        write_report(args.workdir, args.reference, command=command_line("ablate.py", argv))
         return
     devices.warn_of_wrong_results()
     arms = [name.strip() for name in args.arms.split(",")] if args.arms else []
-    more = (args.derive_from, args.reference, command)
-    study = plan(args.config, arms, args.seeds, args.arm, assignments, *more)
+    study = plan(
+        args.config, arms, args.seeds, args.arm, assignments, args.derive_from, args.reference
+    )
+    workdir = args.workdir or default_workdir(study)
+    # The report has the command: with its workdir it can be given anywhere.
+    more = [] if args.workdir else ["--workdir", str(workdir)]
+    study = dataclasses.replace(study, commands=[command_line("ablate.py", [*argv, *more])])
     options = dict(other_images=args.other_images)
-    run(study, args.workdir, args.seeds_per_program, args.devices, **options)
+    run(study, workdir, args.seeds_per_program, args.devices, **options)
 
 
 def _seeds_per_program(text: str) -> int | None:

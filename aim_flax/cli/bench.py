@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aim_flax import config as configs
-from aim_flax.console import CommandParser, parse_with_overrides, reporting_errors
+from aim_flax.console import CommandParser, as_command, parse_with_overrides
 from aim_flax.errors import UsageError
 from aim_flax.train.experiment import Experiment
 
@@ -81,7 +81,7 @@ def measure(
     return calls * length * experiment.config.train.batch_size / seconds, waited / seconds
 
 
-@reporting_errors()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="aim_flax.cli.bench",

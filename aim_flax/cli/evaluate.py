@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from aim_flax.console import CommandParser, parse_with_overrides, reporting_errors
+from aim_flax.console import CommandParser, as_command, folder, parse_with_overrides
+
+# Those of aim_flax.evaluate.interventions, which takes seconds to import.
+_KINDS = ("keep", "zero", "mean", "shuffle", "noise", "reset", "no_write")
 
 
-@reporting_errors()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> None:
-    from aim_flax.evaluate.interventions import KINDS
-
     parser = CommandParser(
         prog="eval.py",
         description="Evaluates a checkpoint of a run, with the network of its saved config.",
@@ -16,11 +17,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         " --config.data.dir=DIR",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, help="of the run")
+    parser.add_argument("--workdir", type=folder, required=True, help="of the run")
     parser.add_argument("--checkpoint", default="best", metavar="best|latest|STEP")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--devices", type=int, help="how many to use; default: all")
-    kinds = (*KINDS, "all")
+    kinds = (*_KINDS, "all")
     parser.add_argument(
         "--memory",
         default="keep",

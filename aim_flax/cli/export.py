@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from aim_flax.console import CommandParser, reporting_errors
+from aim_flax.console import CommandParser, as_command
 from aim_flax.errors import UsageError
 
 _KINDS = (".zip", ".safetensors")
 
 
-@reporting_errors()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="aim_flax.cli.export",
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from aim_flax.use.predictor import Predictor
 
     if args.to:
-        files.check_writable(*places)
+        files.check_outputs([("--to", place) for place in places])
     devices.warn_of_wrong_results()
     predictor = Predictor.from_run(args.workdir, args.checkpoint)
     for place in places:

@@ -15,14 +15,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aim_flax import config as configs
-from aim_flax.console import CommandParser, parse_with_overrides, reporting_errors
+from aim_flax.console import CommandParser, as_command, folder, parse_with_overrides
 from aim_flax.errors import UsageError
 from aim_flax.models.build import build_model
 from aim_flax.models.keras_weights import read_keras_hdf5, variables_from_keras
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import abstract_state
 from aim_flax.train.progress import Progress
-from aim_flax.train.workdir import claim
+from aim_flax.train.workdir import claimed
 
 
 def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | PathLike) -> ConfigDict:
@@ -57,21 +57,21 @@ def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | Path
     workdir = Path(workdir)
     if (workdir / "checkpoints").exists():
         raise UsageError(f"{workdir} holds a run already; choose another --workdir")
-    claim(workdir, config)
-    # Zeros, as the optimisers start out.
-    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), expected)
-    state = state.replace(
-        params=variables["params"],
-        model_state={"batch_stats": variables["batch_stats"]},
-        learning_rate_scale=np.ones((), np.float32),
-    )
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    checkpoints.save(0, dataclasses.asdict(Progress(best_step=0)), state)
-    checkpoints.close()
+    with claimed(workdir, config):
+        # Zeros, as the optimisers start out.
+        state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), expected)
+        state = state.replace(
+            params=variables["params"],
+            model_state={"batch_stats": variables["batch_stats"]},
+            learning_rate_scale=np.ones((), np.float32),
+        )
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        checkpoints.save(0, dataclasses.asdict(Progress(best_step=0)), state)
+        checkpoints.close()
     return config
 
 
-@reporting_errors()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="aim_flax.cli.keras_import",
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("weights", help="an HDF5 file that Keras wrote")
-    parser.add_argument("--workdir", required=True, help="of the new run")
+    parser.add_argument("--workdir", type=folder, required=True, help="of the new run")
     parser.add_argument(
         "--config",
         default="stanford_dogs_resnet50:published",

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from aim_flax import __version__
-from aim_flax.console import COMMAND, reporting_errors
+from aim_flax.console import COMMAND, as_command
 from aim_flax.errors import UsageError, nearest
 
 # The modules are imported when they are called for: each takes seconds.
@@ -23,7 +23,7 @@ COMMANDS = {
 }
 
 
-@reporting_errors()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     sys.argv[0] = COMMAND

@@ -4,10 +4,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aim_flax.console import CommandParser, reporting_errors
+from aim_flax.console import CommandParser, as_command
 
 
-@reporting_errors()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="aim_flax.cli.predict",
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from aim_flax.use import inputs, predict
     from aim_flax.use.predictor import Predictor
 
-    sys.stdout.reconfigure(errors="backslashreplace")
-    files.check_writable(args.csv, args.json, args.sheet)
+    asked = {"--csv": args.csv, "--json": args.json, "--sheet": args.sheet}
+    files.check_outputs([(flag, place) for flag, place in asked.items() if place])
     paths = inputs.find(args.images)
     devices.warn_of_wrong_results()
     predictor = Predictor.from_run(args.workdir, args.checkpoint)

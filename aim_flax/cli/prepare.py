@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aim_flax.console import CommandParser, fail, reporting_errors
+from aim_flax.console import CommandParser, as_command, end_process
 from aim_flax.data.tfds_records import FILE_FORMAT, check_format, find_builder
 from aim_flax.errors import UsageError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
+
+_KEPT = "complete downloads are kept, and the same command goes on"
 
 
 def prepare(builder: "tfds.core.DatasetBuilder", manual_dir: str | None) -> None:
@@ -93,7 +95,7 @@ def summary(builder: "tfds.core.DatasetBuilder") -> str:
     return f"{builder.info.full_name}: {', '.join(sizes)}; in {builder.data_dir}"
 
 
-@reporting_errors()
+@as_command(_KEPT)
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="aim_flax.cli.prepare", description=__doc__.partition(":")[0], allow_abbrev=False
@@ -115,9 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         prepare(builder, args.manual_dir)
     except KeyboardInterrupt:
-        fail("stopped; complete downloads are kept, and the same command goes on")
         # A normal exit would wait for the downloads in progress.
-        os._exit(128 + signal.SIGINT)
+        end_process(signal.SIGINT, _KEPT)
     print(f"prepared: {summary(builder)}")
 
 

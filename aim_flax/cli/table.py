@@ -4,20 +4,20 @@ Prints, for each arm, the mean and standard deviation of the test accuracy over 
 with --reference ARM also its difference from that arm, paired by seed. With --on val it uses the
 accuracies that picked each run's best epoch, to choose an arm without looking at the test split;
 with --measure balanced_accuracy or macro_f1 scores in which every class counts the same.
-With --csv FILE it also writes a row per run. Runs that diverged or are not finished are counted and
-named.
+With --csv FILE it also writes a row per run. A study's folder stands for the runs in it. Runs that
+diverged or are not finished are counted and named.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from aim_flax.console import CommandParser, reporting_errors
-from aim_flax.files import write_csv
+from aim_flax.console import CommandParser, as_command
+from aim_flax.files import check_output, write_csv
 from aim_flax.study.results import COLUMNS, MEASURES, SPLITS, read_runs
 from aim_flax.study.table import arm_table
 
 
-@reporting_errors()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="aim_flax.cli.table", description=__doc__.partition(":")[0])
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.on != "test" and args.measure != "accuracy":
         parser.error(f"--on {args.on} has accuracies only: leave out --measure {args.measure}")
+    if args.csv:
+        check_output("--csv", args.csv)
     rows = read_runs(args.workdirs)
     if args.csv:
         write_csv(args.csv, COLUMNS, rows)

@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 
-import jax
-
-from aim_flax import config as configs
-from aim_flax.console import CommandParser, parse_with_overrides, reporting_errors
+from aim_flax.console import CommandParser, as_command, folder, parse_with_overrides
 
 
-@reporting_errors()
+@as_command()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         prog="train.py",
@@ -19,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE[:ARM]")
     parser.add_argument(
         "--workdir",
+        type=folder,
         help="default: runs/<config>-<arm>-<seed>, for images in a folder with its name",
     )
     parser.add_argument("--devices", type=int, help="how many to use; default: all")
@@ -34,9 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
     args, assignments = parse_with_overrides(parser, argv)
+
+    # Imported once the flags are checked: JAX, orbax and others take seconds.
+    from aim_flax import config as configs
+
     config = configs.override(configs.load(args.config), assignments)
 
-    # Imported once the flags are checked: orbax and others take seconds.
+    import jax
+
     from aim_flax import devices
     from aim_flax.data.load import open_dataset, with_classes
     from aim_flax.models.describe import describe

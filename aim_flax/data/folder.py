@@ -1,17 +1,31 @@
 """Folders of images: DIR/{train,val,test}/CLASS/*.jpg, or DIR/CLASS/*.jpg to be split here."""
 
+import collections
 import dataclasses
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from aim_flax.data.records import EncodedDataset, Subset, hold_out
-from aim_flax.errors import UsageError, nearest
+from aim_flax.errors import UsageError, check_choice, nearest
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Pillow reads these as well; of several pictures in a file, the first.
+MORE_SUFFIXES = (
+    *(".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".pbm", ".pcx"),
+    *(".pgm", ".pnm", ".ppm", ".qoi", ".sgi", ".tga", ".tif", ".tiff"),
+)
+FORMATS = {"usual": SUFFIXES, "all": (*SUFFIXES, *MORE_SUFFIXES)}
 SPLITS = ("train", "val", "test")
+# What others call them.
+_OTHER_NAMES = {
+    **dict.fromkeys(("training", "train_set", "trainset"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "eval", "validate"), "val"),
+    **dict.fromkeys(("testing", "test_set", "testset"), "test"),
+}
 # The split that `survey` returns if there are only class folders.
 UNSPLIT = "all"
 
@@ -34,7 +48,10 @@ class FolderRecords:
         return len(self.files)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        with open(self.name(index), "rb") as file:
+        """As in `Records`; raises OSError for what can't be read or is no file."""
+        with open(self.name(index), "rb", opener=_open) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("it is no file")
             return file.read(), self.label(index)
 
     def label(self, index: int) -> int:
@@ -53,16 +70,25 @@ class FolderRecords:
         return os.fsencode(f"{self.files[index]}\0{size}")
 
 
-def read_folder(directory: str | Path, val_fraction: float, test_fraction: float) -> EncodedDataset:
+def _open(path: str, flags: int) -> int:
+    # A pipe that nobody writes to would keep the reader waiting.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_folder(
+    directory: str | Path, val_fraction: float, test_fraction: float, formats: str = "usual"
+) -> EncodedDataset:
     """Finds the images of a folder by their file names; no image is read.
 
     Args:
       directory: holds `train`, `test` and maybe `val`, each with a folder of images per class, or
-        only the class folders. Images are .jpg, .jpeg, .png and .webp, in upper or lower case,
-        directly in their class folder; hidden files and other files are ignored.
+        only the class folders. Images lie directly in their class folder; hidden files are ignored,
+        and what else is passed over is counted.
       val_fraction: of each class of the training images, held out for validation if there is no
         folder `val`; 0 for no validation split.
       test_fraction: of each class, held out for the test if there are only class folders.
+      formats: of FORMATS; "usual": .jpg, .jpeg, .png and .webp, in upper or lower case; "all": what
+        Pillow reads.
 
     Returns:
       Classes are the sorted names of train's class folders. Images are sorted by class and name.
@@ -71,15 +97,18 @@ def read_folder(directory: str | Path, val_fraction: float, test_fraction: float
       UsageError: the folder isn't there or has another layout, a class is in another split but not
         in train, a fraction is out of range or so small that it holds out nothing.
     """
-    dataset, problems = survey(directory)
+    dataset, problems = survey(directory, formats)
     if problems:
         more = f" ({len(problems) - 1} more: python -m aim_flax.cli.inspect {directory})"
         raise UsageError(problems[0] + (more if len(problems) > 1 else ""))
     return split(dataset, val_fraction, test_fraction)
 
 
-def survey(directory: str | Path) -> tuple[EncodedDataset, list[str]]:
+def survey(directory: str | Path, formats: str = "usual") -> tuple[EncodedDataset, list[str]]:
     """Finds the images of a folder, and everything that is wrong with its layout.
+
+    Args:
+      directory, formats: as for `read_folder`.
 
     Returns:
       The images of each split, or of the split "all" if there are only class folders, with the
@@ -88,6 +117,8 @@ def survey(directory: str | Path) -> tuple[EncodedDataset, list[str]]:
     Raises:
       UsageError: there is no such folder, or no image in it.
     """
+    check_choice("data.formats", formats, FORMATS)
+    suffixes = FORMATS[formats]
     directory = Path(directory).expanduser()
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file, expected a folder of images")
@@ -96,9 +127,15 @@ def survey(directory: str | Path) -> tuple[EncodedDataset, list[str]]:
         siblings = [entry.name for entry in os.scandir(parent)] if parent.is_dir() else []
         raise UsageError(f"{directory} does not exist{nearest(directory.name, siblings)}")
     problems: list[str] = []
-    folders = _scan(directory, problems)[0]
+    folders = _scan(directory, problems, suffixes).folders
     found = [name for name in SPLITS if name in folders]
     roots = {name: directory / name for name in found} or {UNSPLIT: directory}
+    for name in folders:
+        if not found and {"train", "test"} <= {*_scan(directory / name, [], ()).folders}:
+            raise UsageError(
+                f"{directory} has no train and test, but {directory / name} has: expected that"
+                " folder"
+            )
     missing = [name for name in ("train", "test") if name not in found]
     if found and missing:
         problems.append(
@@ -107,18 +144,21 @@ def survey(directory: str | Path) -> tuple[EncodedDataset, list[str]]:
         )
     problems += [
         f"{directory / name} stands beside {' and '.join(found)}, expected only train, val"
-        f" and test there{nearest(name, SPLITS)}"
+        f" and test there{_meant(name)}"
         for name in folders
         if found and name not in found
     ]
-    trees = {name: _class_files(root, problems) for name, root in roots.items()}
+    passed_over: collections.Counter[str] = collections.Counter()
+    trees = {
+        name: _class_files(root, problems, suffixes, passed_over) for name, root in roots.items()
+    }
     problems += [
         f"{roots[name]} has no class folders, expected one per class, with its images"
         for name, tree in trees.items()
         if found and not tree
     ]
     if not any(files for tree in trees.values() for files in tree.values()):
-        expected = f"{', '.join(SUFFIXES)} in a folder per class"
+        expected = f"{', '.join(suffixes)} in a folder per class"
         raise UsageError([*problems, f"{directory} has no images, expected {expected}"][0])
     problems += [
         f"{roots[name] / label} is a class that {roots['train']} lacks"
@@ -134,7 +174,7 @@ def survey(directory: str | Path) -> tuple[EncodedDataset, list[str]]:
         found = [(index[label], f"{label}/{file}") for label in tree for file in tree[label]]
         labels = np.array([label for label, _ in found], np.int32)
         splits[name] = FolderRecords(roots[name], labels, [file for _, file in found])
-    return EncodedDataset(tuple(classes), splits), problems
+    return EncodedDataset(tuple(classes), splits, dict(sorted(passed_over.items()))), problems
 
 
 def split(dataset: EncodedDataset, val_fraction: float, test_fraction: float) -> EncodedDataset:
@@ -166,45 +206,96 @@ def split(dataset: EncodedDataset, val_fraction: float, test_fraction: float) ->
         take("val", val_fraction)
     splits["train"] = Subset(whole, rest)
     ordered = {name: splits[name] for name in SPLITS if name in splits}
-    return EncodedDataset(dataset.classes, ordered)
+    return dataclasses.replace(dataset, splits=ordered)
 
 
-def _class_files(directory: Path, problems: list[str]) -> dict[str, list[str]]:
-    """Returns the images of each class folder, sorted; adds to the problems."""
-    folders, images, _ = _scan(directory, problems)
-    if images:
+def passed_over(dataset: EncodedDataset) -> str:
+    """Returns a text like "3 .gif, 1 .txt; data.formats=all reads .gif"."""
+    kinds = dataset.passed_over
+    found = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    more = [kind for kind in kinds if kind in MORE_SUFFIXES]
+    return found + (f"; data.formats=all reads {', '.join(more)}" if more else "")
+
+
+def _class_files(
+    directory: Path,
+    problems: list[str],
+    suffixes: Sequence[str],
+    passed_over: collections.Counter[str],
+) -> dict[str, list[str]]:
+    """Returns the images of each class folder, sorted; adds to the problems, and to the numbers of
+    what is passed over there."""
+    found = _scan(directory, problems, suffixes)
+    if found.images:
         problems.append(
-            f"{directory / images[0]} lies directly in {directory}"
-            + (f", as do {len(images) - 1} more images" if len(images) > 1 else "")
+            f"{directory / found.images[0]} lies directly in {directory}"
+            + (f", as do {len(found.images) - 1} more images" if len(found.images) > 1 else "")
             + ", expected images in a folder per class"
         )
     tree = {}
-    for name in folders:
+    for name in found.folders:
         before = len(problems)
-        inner, tree[name], others = _scan(directory / name, problems)
+        inner = _scan(directory / name, problems, suffixes)
+        tree[name] = inner.images
+        kinds = collections.Counter(inner.others.values())
+        passed_over.update(kinds)
+        passed_over.update({"folders within classes": len(inner.folders)} if inner.folders else {})
         if tree[name] or len(problems) > before:
             continue
         holds = "is empty"
-        if others:
-            holds = f"has no images but {len(others)} other files, such as {others[0]}"
-        elif inner:
-            holds = f"has no images but folders, such as {inner[0]}"
-            name += nearest(name, SPLITS)
-        problems.append(f"{directory / name} {holds}, expected {', '.join(SUFFIXES)}")
+        if inner.others:
+            first = next(iter(inner.others))
+            holds = f"has no images but {len(inner.others)} other files, such as {first}"
+        elif inner.folders:
+            holds = f"has no images but folders, such as {inner.folders[0]}"
+            name += _meant(name)
+        more = kinds.keys() & set(MORE_SUFFIXES) - set(suffixes)
+        hint = f"; data.formats=all reads {', '.join(sorted(more))}" if more else ""
+        problems.append(f"{directory / name} {holds}, expected {', '.join(suffixes)}{hint}")
     return tree
 
 
-def _scan(directory: Path, problems: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Returns the names of a directory's folders, images and other files, each sorted."""
-    folders, images, others = [], [], []
+def _meant(name: str) -> str:
+    """Returns " (did you mean 'val'?)" for what is nearly a split's name, or ""."""
+    return nearest(_OTHER_NAMES.get(name.lower(), name), SPLITS)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What lies in a directory, sorted: the names of its folders and images, and {name: kind} of
+    what else does. Hidden things are left out."""
+
+    folders: list[str]
+    images: list[str]
+    others: dict[str, str]
+
+
+def _scan(directory: Path, problems: list[str], suffixes: Sequence[str]) -> _Found:
+    found = _Found([], [], {})
     try:
-        for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                continue
-            is_image = entry.name.lower().endswith(SUFFIXES)
-            # The directory itself says what is a folder: no system call per file.
-            kind = folders if entry.is_dir() else images if is_image else others
-            kind.append(entry.name)
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except OSError as error:
         problems.append(f"{directory} can't be read: {error.strerror}")
-    return folders, images, others
+        return found
+    for entry in entries:
+        name, suffix = entry.name, os.path.splitext(entry.name)[1].lower()
+        if name.startswith("."):
+            continue
+        try:
+            # The directory itself says what is what: no system call per file.
+            if entry.is_dir():
+                found.folders.append(name)
+            elif entry.is_file():
+                if suffix in suffixes:
+                    found.images.append(name)
+                else:
+                    found.others[name] = suffix or "without a suffix"
+            elif os.path.exists(entry.path):
+                found.others[name] = "pipes, sockets and devices"
+            elif suffix in suffixes:
+                found.images.append(name)  # A broken link, told when it is read.
+            else:
+                found.others[name] = "broken links"
+        except OSError as error:  # Links in a circle.
+            problems.append(f"{entry.path} can't be read: {error.strerror}")
+    return found

@@ -8,9 +8,11 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import imagehash
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -20,11 +22,17 @@ from rich.progress import track
 from aim_flax import markdown
 from aim_flax.data.images import ImageError, header, load
 from aim_flax.data.records import EncodedDataset, Records
+from aim_flax.names import printable
 
 _BATCH = 64  # images per task of a thread: a task per image would take more memory than its result
 _SMALL = (32, 32, 3)
 _THUMBNAIL, _LINE = 64, 14  # pixels
 _MOST_FREQUENT = 5
+# Copies of one picture: at most so many of 64 bits of their perceptual hashes differ, and so much,
+# of 255, their pixels at a small size, on average.
+_BITS, _LEVELS = 8, 12.0
+_NEAREST = 3  # of the images with such hashes, those whose pixels are compared
+_ROWS = 256  # of the table of distances, at a time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,6 +46,7 @@ class Finding:
       size: height and width in pixels.
       content: a hash of its bytes.
       look: a hash of its pixels at a small size.
+      perceptual: another one, of 64 bits, most of which small changes leave as they are.
     """
 
     split: str
@@ -47,6 +56,7 @@ class Finding:
     size: tuple[int, int] = (0, 0)
     content: bytes = b""
     look: bytes = b""
+    perceptual: int = 0
 
     @property
     def label(self) -> str:
@@ -87,10 +97,13 @@ def _examine_one(name: str, records: Records, index: int) -> Finding:
         kind, height, width = header(encoded)
         small = load(encoded, _SMALL)
     except OSError as error:
-        return Finding(name, path, f"can't be read: {error.strerror}")
+        return Finding(name, path, f"can't be read: {error.strerror or error}")
     except ImageError as error:
         return Finding(name, path, str(error))
-    return Finding(name, path, "", kind, (height, width), _hash(encoded), _hash(small))
+    bits = imagehash.phash(Image.fromarray(small)).hash
+    perceptual = int.from_bytes(np.packbits(bits).tobytes())
+    hashes = (_hash(encoded), _hash(small), perceptual)
+    return Finding(name, path, "", kind, (height, width), *hashes)
 
 
 def duplicates(findings: Iterable[Finding]) -> list[list[Finding]]:
@@ -102,6 +115,49 @@ def duplicates(findings: Iterable[Finding]) -> list[list[Finding]]:
         # Small copies may be equal where the images are not.
         found += [alike] if same_bytes else _groups(alike, _pixels)
     return found
+
+
+def alike(
+    findings: Iterable[Finding], known: Iterable[Sequence[Finding]] = ()
+) -> list[list[Finding]]:
+    """Returns groups of images of other splits or classes that show the same picture: copies that
+    were saved again, in another format or size.
+
+    Args:
+      findings: of all images.
+      known: groups that are not to be found again, see `duplicates`.
+    """
+    readable = [finding for finding in findings if not finding.problem]
+    if not readable:
+        return []
+    group_of = {finding.path: i for i, group in enumerate(known) for finding in group}
+    hashes = np.array([finding.perceptual for finding in readable], np.uint64)
+    place = {key: i for i, key in enumerate({(f.split, f.label) for f in readable})}
+    places = np.array([place[f.split, f.label] for f in readable])
+    small = lru_cache(maxsize=4096)(_small)
+    groups: dict[int, list[int]] = {}
+    for start in range(0, len(readable), _ROWS):
+        rows = slice(start, start + _ROWS)
+        distances = np.bitwise_count(hashes[rows, None] ^ hashes[None, : start + _ROWS])
+        near = (distances <= _BITS) & (places[rows, None] != places[None, : start + _ROWS])
+        for row in np.flatnonzero(near.any(1)):
+            i = start + int(row)
+            earlier = np.flatnonzero(near[row, :i])
+            for j in earlier[np.argsort(distances[row, earlier], kind="stable")][:_NEAREST]:
+                one, other = readable[i], readable[j]
+                same = group_of.get(one.path, i) == group_of.get(other.path, -1)
+                difference = np.abs(small(one.path) - small(other.path)).mean()
+                if not same and difference <= _LEVELS:
+                    group = groups.setdefault(int(j), [int(j)])
+                    group.append(i)
+                    groups[i] = group
+                    break
+    distinct = {id(group): group for group in groups.values()}
+    return [[readable[i] for i in group] for group in distinct.values()]
+
+
+def _small(path: str) -> np.ndarray:
+    return load(Path(path).read_bytes(), _SMALL).astype(np.int16)
 
 
 def _groups(findings: Iterable[Finding], key: Callable[[Finding], Any]) -> list[list[Finding]]:
@@ -127,13 +183,14 @@ def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str
         counts[finding.split][finding.label] += 1
     rows = [["class", *counts]]
     for label in dataset.classes:
-        rows.append([label, *(f"{count[label]:,}" for count in counts.values())])
+        rows.append([_cell(label), *(f"{count[label]:,}" for count in counts.values())])
     rows.append(["all", *(f"{count.total():,}" for count in counts.values())])
     yield markdown.table(rows, padded=True)
     for name, count in counts.items():
         missing = [label for label in dataset.classes if not count[label]]
         if missing:
-            yield f"{name} lacks {number(missing, 'class', 'classes')}: {', '.join(missing)}"
+            listed = printable(", ".join(missing))
+            yield f"{name} lacks {number(missing, 'class', 'classes')}: {listed}"
     for name, count in counts.items():
         if not count:
             continue
@@ -142,7 +199,8 @@ def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str
             yield f"{name}: {most:,} of each class"
             continue
         yield (
-            f"{name}: {fewest:,} ({smallest}) to {most:,} ({largest}) images per class, median"
+            f"{name}: {fewest:,} ({printable(smallest)}) to {most:,} ({printable(largest)}) images"
+            " per class, median"
             f" {statistics.median(count.values()):,.0f}, {most / fewest:.1f} times as many;"
             f" the largest class has {most / count.total():.1%} of the images"
         )
@@ -161,6 +219,11 @@ def report(dataset: EncodedDataset, findings: Sequence[Finding]) -> Iterator[str
         )
         formats = collections.Counter(finding.format for finding in readable)
         yield f"formats: {', '.join(f'{kind} ({n:,})' for kind, n in formats.most_common())}"
+
+
+def _cell(name: str) -> str:
+    """Returns a name as it can stand in a table."""
+    return printable(name).replace("|", "\\|")
 
 
 def contact_sheet(
@@ -186,8 +249,7 @@ def contact_sheet(
     font = ImageFont.truetype(fonts / "DejaVuSans.ttf", _LINE - 3)
     for i, label in enumerate(classes):
         x, y = i // rows * width, i % rows * height
-        # A file's name may have bytes that are not text.
-        name = label.encode(errors="backslashreplace").decode()
+        name = printable(label)
         while draw.textlength(name, font) > width - _LINE:
             name = name[:-2] + "…"
         draw.text((x, y), name, "black", font)

@@ -5,9 +5,12 @@ import, and the embedded digits don't need them.
 """
 
 import copy
+import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,11 +23,14 @@ from aim_flax.data.in_memory import InMemory, Split
 from aim_flax.data.preprocessing import decoding
 from aim_flax.data.records import SEED, EncodedDataset, Subset
 from aim_flax.errors import UsageError, nearest
+from aim_flax.names import printable
 
 if TYPE_CHECKING:
     from aim_flax.data.streamed import Streamed
 
 _TFDS = "tfds:"
+# What was said of passed-over files already: a study opens the same folder again and again.
+_said: set[str] = set()
 
 
 def load_dataset(config: ConfigDict) -> Dataset:
@@ -52,6 +58,7 @@ def open_dataset(config: ConfigDict) -> Dataset:
                 f"data.image_shape is {shape}, expected height, width, and 3 channels or 1 (grey)"
             )
         encoded = _mixed(_subset(_read_encoded(data), data.train_images))
+        _say_passed_over(data, encoded)
         from aim_flax.data.streamed import Streamed
 
         how = decoding(data)
@@ -81,8 +88,13 @@ def with_classes(config: ConfigDict, classes: Sequence[str]) -> ConfigDict:
     """Returns the config with `model.num_classes`, where it is None, set to a dataset's.
 
     Raises:
-      UsageError: it is another number.
+      UsageError: it is another number, or 1.
     """
+    if len(classes) == 1:
+        raise UsageError(
+            f"{config.data.name} has one class, {classes[0]!r}, expected at least two, to be told"
+            " apart"
+        )
     if config.model.num_classes is None:
         config = copy.deepcopy(config)
         with config.unlocked():
@@ -101,7 +113,14 @@ def _read_encoded(data: ConfigDict) -> EncodedDataset:
 
         if not data.dir:
             raise UsageError("data.dir is empty, expected a folder: --config.data.dir=DIR")
-        return read_folder(data.dir, data.val_fraction, data.test_fraction)
+        try:
+            return read_folder(
+                data.dir, data.val_fraction, data.test_fraction, data.get("formats", "usual")
+            )
+        except UsageError as error:
+            if Path(data.dir).expanduser().is_dir():
+                raise
+            raise UsageError(f"{error}; --config.data.dir=DIR says where it is") from None
     if data.name.startswith(_TFDS):
         from aim_flax.data.tfds_records import read_tfds
 
@@ -110,6 +129,18 @@ def _read_encoded(data: ConfigDict) -> EncodedDataset:
         f"data.name is {data.name!r}, expected digits, folder or {_TFDS}NAME"
         + nearest(data.name, ["digits", "folder"])
     )
+
+
+def _say_passed_over(data: ConfigDict, dataset: EncodedDataset) -> None:
+    """Says once how many files are no images of the dataset, if there are any."""
+    if not dataset.passed_over:
+        return
+    from aim_flax.data.folder import passed_over
+
+    text = f"{data.dir}: passed over {passed_over(dataset)}"
+    if text not in _said:
+        print(printable(text), file=sys.stderr, flush=True)
+    _said.add(text)
 
 
 def _check_unused(data: ConfigDict) -> None:
@@ -133,7 +164,7 @@ def _subset(dataset: EncodedDataset, train_images: int | None) -> EncodedDataset
         )
     chosen = np.random.default_rng(SEED).permutation(available)[:train_images]
     train = Subset(dataset.splits["train"], np.sort(chosen))
-    return EncodedDataset(dataset.classes, {**dataset.splits, "train": train})
+    return dataclasses.replace(dataset, splits={**dataset.splits, "train": train})
 
 
 def _mixed(dataset: EncodedDataset) -> EncodedDataset:
@@ -147,7 +178,7 @@ def _mixed(dataset: EncodedDataset) -> EncodedDataset:
         if name != "train":
             order = np.random.default_rng(SEED).permutation(len(records))
             splits[name] = Subset(records, order)
-    return EncodedDataset(dataset.classes, splits)
+    return dataclasses.replace(dataset, splits=splits)
 
 
 def _decode_all(dataset: "Streamed") -> InMemory:

@@ -59,10 +59,12 @@ class EncodedDataset:
     Attributes:
       classes: class names; a label is an index into them.
       splits: "train", "test" and, unless nothing is held out, "val".
+      passed_over: how many files and folders of each kind are no images of it.
     """
 
     classes: tuple[str, ...]
     splits: Mapping[str, Records]
+    passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def hold_out(

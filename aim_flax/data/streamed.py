@@ -24,11 +24,13 @@ from aim_flax.data.records import EncodedDataset
 from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import DataError, check_choice
 from aim_flax.keys import augment_key
+from aim_flax.names import printable
 
 # Batches that wait on the host, and those already on the devices.
 _HOST_BUFFER, _DEVICE_BUFFER = 8, 2
 ON_ERROR = ("stop", "skip")
-# The share of a split that may be left out; with more damage a result is worth little.
+# The share of a split that may be left out; with more damage a result is worth little. One image
+# may, however few there are.
 MOST_SKIPPED = 0.01
 
 
@@ -160,7 +162,7 @@ class Streamed(dataset.Dataset):
             pixels = load(encoded, self.shape, region, self._fit)
         except (ImageError, OSError) as error:
             why = str(error) if isinstance(error, ImageError) else f"can't be read: {error}"
-            self._reasons[split, index] = reason = f"{records.name(index)} {why}"
+            self._reasons[split, index] = reason = printable(f"{records.name(index)} {why}")
             if self._stop:
                 raise DataError(f"{reason} (data.on_error=skip leaves such images out)") from None
             return None
@@ -193,15 +195,20 @@ class Streamed(dataset.Dataset):
         return self._splits[split].name(index)
 
     def skip(self, split: str, indices: Iterable[int]) -> None:
-        """Counts records as left out, and says so once for each; DataError: more than 1 % are."""
+        """Counts records as left out, and says so once for each; DataError: more than 1 % are, and
+        more than one, or all."""
         skipped, total = self.skipped[split], self.sizes[split]
+        reason = ""
         for index in sorted(set(indices) - skipped):
             skipped.add(index)
-            print(f"left out: {self._reasons[split, index]}", file=sys.stderr, flush=True)
-        if len(skipped) > MOST_SKIPPED * total:
+            reason = self._reasons[split, index]
+            print(f"left out: {reason}", file=sys.stderr, flush=True)
+        if reason and len(skipped) == total:
+            raise DataError(f"no image of the split {split!r} can be read")
+        if reason and len(skipped) > max(1, MOST_SKIPPED * total):
             raise DataError(
                 f"{len(skipped)} of {total:,} images of the split {split!r} can't be read, more"
-                f" than {MOST_SKIPPED:.0%}; the last one: {self._reasons[split, max(skipped)]}"
+                f" than {MOST_SKIPPED:.0%}; the last one: {reason}"
             )
 
     def read(

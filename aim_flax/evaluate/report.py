@@ -15,6 +15,7 @@ from aim_flax.evaluate.effects import Effect, Effects
 from aim_flax.evaluate.evaluation import Evaluation
 from aim_flax.evaluate.mistakes import mistakes
 from aim_flax.files import save_figure, write_bytes, write_csv, write_json
+from aim_flax.names import printable
 from aim_flax.plots import class_matrix, set_title, short
 from aim_flax.statistics import CONFIDENCE, p_value
 
@@ -73,6 +74,7 @@ def class_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def class_table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the rows of `per_class` as lines of text."""
     cells = class_cells(rows)
+    cells = [[printable(name), *others] for name, *others in cells]
     width = max(len(name) for name, *_ in cells)
     return "\n".join(
         f"{name:{width}}" + "".join(f"  {cell:>9}" for cell in others) for name, *others in cells

@@ -84,9 +84,13 @@ def network_class(name: str) -> type[nn.Module]:
         module = importlib.import_module(path)
     except ImportError as error:
         raise UsageError(f"model.name is {name!r}, but: {error}") from None
+    except Exception as error:  # Whatever a module of someone's own raises.
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"model.name is {name!r}, but importing {path} fails: {text}") from None
     found = getattr(module, attribute, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        classes = [n for n, v in vars(module).items() if isinstance(v, type)]
+        values = vars(module).items()
+        classes = [n for n, v in values if isinstance(v, type) and issubclass(v, nn.Module)]
         raise UsageError(
             f"model.name is {name!r}, but {path} has no Linen module"
             f" {attribute!r}{nearest(attribute, classes)}"

@@ -8,6 +8,7 @@ memory that is updated and `mem_global` the one that is not.
 
 from collections.abc import Iterator, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,8 @@ def read_keras_hdf5(path: str | PathLike) -> dict[str, dict[str, np.ndarray]]:
         raise UsageError(
             "reading Keras weights needs h5py: install the extra `keras` (aim_flax[keras])"
         ) from None
+    if Path(path).exists() and not Path(path).is_file():
+        raise UsageError(f"{path} is no file")
     try:
         with h5py.File(path) as file:
             group = file.get("model_weights", file)

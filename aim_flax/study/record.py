@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from aim_flax import files
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.study.plan import NOT_RECORDED, Arm, Study
+from aim_flax.study.results import STUDY
 from aim_flax.train.workdir import NOT_OF_THE_RUN, differences, held
 
-STUDY = "study.json"
 SECONDS_TO_WAIT = 60.0  # for another process that is writing the study's files
 
 

@@ -10,6 +10,7 @@ from aim_flax.errors import UsageError
 from aim_flax.files import read_json
 from aim_flax.train.workdir import divergence
 
+STUDY = "study.json"
 COLUMNS = (
     "name",
     "arm",
@@ -37,8 +38,15 @@ Row = Mapping[str, Any]
 
 
 def read_runs(workdirs: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """Returns a row of COLUMNS per run, by name, arm and seed; see `read_run`."""
-    rows = [read_run(Path(workdir)) for workdir in workdirs]
+    """Returns a row of COLUMNS per run, by name, arm and seed, and its `workdir`; see `read_run`.
+
+    A study's directory stands for the runs in it.
+    """
+    folders: dict[Path, None] = {}
+    for workdir in map(Path, workdirs):
+        of_study = (workdir / STUDY).is_file() and sorted(workdir.glob("*/*/config.json"))
+        folders.update(dict.fromkeys([file.parent for file in of_study or []] or [workdir]))
+    rows = [read_run(folder) | {"workdir": str(folder)} for folder in folders]
     return sorted(rows, key=lambda row: (row["name"], row["arm"], row["seed"]))
 
 
@@ -54,6 +62,8 @@ def read_run(workdir: Path) -> dict[str, Any]:
         if missing:
             raise UsageError(f"{workdir / 'summary.json'} has no {', '.join(missing)}")
         return {column: summary[column] for column in COLUMNS}
+    if (workdir / STUDY).is_file():
+        raise UsageError(f"{workdir} holds a study of which no run was started")
     config = read_json(workdir / "config.json")
     for key in ("name", "arm", "seed"):
         if key not in config:
@@ -90,13 +100,15 @@ def accuracies_by_arm(
       UsageError: two rows are of the same arm and seed; the split is "val", and a run picked its
         best epoch on the test split; a run was trained before the measure was noted.
     """
-    seen: set[tuple[str, int]] = set()
+    seen: dict[tuple[str, int], Row] = {}
     arms: dict[str, dict[int, float]] = {}
     for row in rows:
         arm, seed = row["arm"], int(row["seed"])
-        if (arm, seed) in seen:
-            raise UsageError(f"two runs are of arm {arm} and seed {seed}")
-        seen.add((arm, seed))
+        if other := seen.get((arm, seed)):
+            places = [r["workdir"] for r in (other, row) if "workdir" in r]
+            named = f": {' and '.join(places)}" if places else ""
+            raise UsageError(f"two runs are of arm {arm} and seed {seed}{named}")
+        seen[arm, seed] = row
         accuracies = arms.setdefault(arm, {})
         if is_finished(row):
             if split == "val" and row["selected_on"] != split:

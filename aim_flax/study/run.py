@@ -23,8 +23,8 @@ from aim_flax.data.in_memory import InMemory
 from aim_flax.errors import BusyError, DivergenceError, InterruptionError, UsageError
 from aim_flax.study import report as study_report
 from aim_flax.study.plan import NOT_RECORDED, Study, format_ranges
-from aim_flax.study.record import SECONDS_TO_WAIT, STUDY, add, merge, read_study
-from aim_flax.study.results import read_run, without_result
+from aim_flax.study.record import SECONDS_TO_WAIT, add, merge, read_study
+from aim_flax.study.results import STUDY, read_run, without_result
 from aim_flax.study.table import arm_table
 from aim_flax.train import dataset_record, loop, signals
 from aim_flax.train.experiment import Experiment
@@ -152,7 +152,9 @@ def write_report(
     if study is None:
         raise UsageError(f"{workdir / STUDY} not found: {workdir} holds no study")
     if reference is not None:
-        study = add(workdir, Study(study.name, study.config, reference, {}, [command]))
+        planned = Study(study.name, study.config, reference, {}, [command])
+        merge(workdir, planned)  # raises before anything is written
+        study = add(workdir, planned)
     compared = study.reference is not None and len(study.arms) > 1
     # Read and written under one lock: of several processes, the last to write knows the most.
     with held(workdir, SECONDS_TO_WAIT) if compared else contextlib.nullcontext():

@@ -75,6 +75,8 @@ class Checkpoints:
     ) -> None:
         """Starts to write a checkpoint of numpy arrays, which must not change until `wait` returns.
 
+        One of the same step is set aside.
+
         Args:
           step, progress, state, best: as in `Checkpoint`; `best` may be left out if it is the
             network of the state.
@@ -86,6 +88,9 @@ class Checkpoints:
             if tree is not None
         }
         arguments = ocp.args.Composite(**items, progress=ocp.args.JsonSave(progress))
+        if step in self.steps:
+            self.wait()
+            self.set_aside_after(step - 1)
         self._manager.save(step, args=arguments, force=True)
 
     def restore(self, step: int, like: TrainState) -> Checkpoint:

@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import numpy as np
 from flax import linen as nn
@@ -70,6 +72,7 @@ def _open(
     overrides: Sequence[str],
 ) -> _Opened:
     config = override(restored.config, overrides)
+    _check_images(restored, config)
     dataset = open_dataset(config)
     if split not in dataset.sizes:
         raise UsageError(f"no split {split!r}; there are: {', '.join(dataset.sizes)}")
@@ -89,6 +92,21 @@ def _open(
     variables = devices.replicate(restored.variables)
     other = {"new": changed.new, "gone": changed.gone} if changed else None
     return _Opened(restored, config, split, dataset, devices, batches, variables, other)
+
+
+def _check_images(restored: Restored, config: ConfigDict) -> None:
+    """Raises UsageError if the network can't compute with images of another shape."""
+    trained, shape = restored.config.data.image_shape, config.data.image_shape
+    if tuple(shape) == tuple(trained):
+        return
+    images = jax.ShapeDtypeStruct((2, *shape), np.float32)
+    try:
+        jax.eval_shape(partial(restored.model.apply, train=False), restored.variables, images)
+    except (flax.errors.FlaxError, TypeError, ValueError):  # UsageError is a ValueError.
+        raise UsageError(
+            f"data.image_shape is {tuple(shape)}, but the network was trained on {tuple(trained)}"
+            " and can't compute with it"
+        ) from None
 
 
 def evaluate_run(

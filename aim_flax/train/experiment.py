@@ -22,6 +22,7 @@ from aim_flax.errors import UsageError, check_choice
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
 from aim_flax.evaluate.memory_use import memory_use
 from aim_flax.models.build import build_model, field_names, network_class
+from aim_flax.options import check_values
 from aim_flax.train.optimizer import build_optimizer, build_schedule
 from aim_flax.train.step import TrainState, create_state, train_step
 
@@ -56,7 +57,7 @@ class Experiment:
           UsageError: the config, or a part of it, can't be run.
           DataError: an image of a dataset that is decoded at once can't be read.
         """
-        _check_numbers(config)
+        check_values(flatten(config))
         check_choice("eval.select_on", config.eval.select_on, ("val", "test"))
         check_choice("train.balance", config.train.balance, BALANCES)
         self.devices = Devices(config.parallel, device_count)
@@ -238,13 +239,3 @@ def abstract_state(config: ConfigDict, model: nn.Module) -> TrainState:
     image_shape = tuple(config.data.image_shape)
     create = partial(create_state, model, optimizer, image_shape=image_shape)
     return jax.eval_shape(create, config.seed)
-
-
-def _check_numbers(config: ConfigDict) -> None:
-    if not 0 <= config.seed < 2**32:
-        raise UsageError(f"seed is {config.seed}, expected 0 to 2**32 - 1")
-    values = flatten(config)
-    at_least_1 = ("train.batch_size", "train.epochs", "train.steps_per_call", "eval.batch_size")
-    for key in (*at_least_1, "data.threads"):
-        if values.get(key, 1) < 1:
-            raise UsageError(f"{key} is {values[key]}, expected at least 1")

@@ -31,7 +31,14 @@ from aim_flax.train.progress import Progress, add_epoch, plateau_scale
 from aim_flax.train.signals import interruption, signals
 from aim_flax.train.step import TrainState, variables_of
 from aim_flax.train.summary import one_line, run_summary, write_results
-from aim_flax.train.workdir import PROGRESS, claim, held, is_finished, mark_diverged, raise_epochs
+from aim_flax.train.workdir import (
+    PROGRESS,
+    check_claim,
+    claimed,
+    is_finished,
+    mark_diverged,
+    raise_epochs,
+)
 
 _EPOCH_SHOWN = ("train_loss", "train_accuracy", "val_accuracy")
 
@@ -80,13 +87,14 @@ def train(
       part: reports on progress, where the run is part of longer work.
     """
     config, summary = experiment.config, workdir / "summary.json"
+    check_claim(workdir, config, more_epochs=True)
     note = check_dataset(workdir, experiment, other_images)
-    claim(workdir, config, more_epochs=True)
-    dataset_record.write(workdir, experiment.dataset.fingerprint, experiment.epoch_steps)
     if note and not quiet:
         print(note, flush=True)
     if not is_finished(workdir, config):
-        with held(workdir), Reporter(experiment.total_steps, 0, quiet) as reporter:
+        own = claimed(workdir, config, more_epochs=True)
+        with own, Reporter(experiment.total_steps, 0, quiet) as reporter:
+            dataset_record.write(workdir, experiment.dataset.fingerprint, experiment.epoch_steps)
             # Another process may have finished the run before it released the workdir. All of the
             # run's own look before the first of them changes anything.
             if any_process(not is_finished(workdir, config))[0]:
@@ -133,6 +141,8 @@ class Loop:
         for split, indices in self.progress[0].skipped.items():
             self.experiment.dataset.skipped[split].update(indices)
         self.step = int(np.ravel(states.step)[0])
+        # What the latest checkpoint holds.
+        self.saved = self._how_far() if self.step in self.checkpoints.steps else None
         self.states, self.best = self.devices.replicate(states), self.devices.replicate(best)
         self.pace = Pace(self.experiment.total_steps, self.step)
         self.files = [ProgressFile(workdir / PROGRESS) for workdir in workdirs]
@@ -191,6 +201,10 @@ class Loop:
             seed = self.devices.replicate(np.asarray(seed, np.uint32))
             select = experiment.evaluate(config.eval.select_on, self.together)
             probe = experiment.memory_probe(self.together)
+            if self._awaits_evaluation():
+                self._end_epoch(select, probe, events)
+                if self._done():
+                    self._save()
             while not self._done():
                 left_in_epoch = experiment.epoch_steps - self.step % experiment.epoch_steps
                 length = min(experiment.steps_per_call, left_in_epoch)
@@ -208,8 +222,7 @@ class Loop:
                 minutes = (time.monotonic() - self.saved_at) / 60
                 stop, save = any_process(bool(received), minutes >= config.train.checkpoint_minutes)
                 if length == left_in_epoch and self.alive:
-                    shown = self._finish_epoch(select, probe) or shown
-                    self._write_epoch(events)
+                    shown = self._end_epoch(select, probe, events) or shown
                 done = self._done()
                 if done or stop or save:
                     self._save()
@@ -225,16 +238,38 @@ class Loop:
         try:
             return feed.at(self.step)
         except DataError as error:
-            # Saving needs all processes, and the others may have read their images.
-            if jax.process_count() > 1 or not self.step:
-                raise
-            self._save()
-            self.checkpoints.close()
-            raise DataError(
-                f"{error}; saved at step {self.step}, the same command continues from there"
-            ) from None
+            raise self._saved_before(error) from None
+
+    def _end_epoch(
+        self, select: Callable, probe: Callable, events: Sequence[report.Events]
+    ) -> dict[str, float]:
+        try:
+            shown = self._finish_epoch(select, probe)
+        except DataError as error:
+            raise self._saved_before(error) from None
+        self._write_epoch(events)
+        return shown
+
+    def _saved_before(self, error: DataError) -> DataError:
+        """Saves the state, and returns the error with where."""
+        # Saving needs all processes, and the others may have read their images.
+        if jax.process_count() > 1 or not self.step:
+            return error
+        self._save()
+        self.checkpoints.close()
+        return DataError(
+            f"{error}; saved at step {self.step}, the same command continues from there"
+        )
+
+    def _awaits_evaluation(self) -> bool:
+        """Returns whether the step ends an epoch of which nobody could read an image that
+        selects."""
+        epochs = self.step // self.experiment.epoch_steps
+        return any(len(self.progress[i].history) < epochs for i in self.alive)
 
     def _done(self) -> bool:
+        if self._awaits_evaluation():
+            return False
         patience = self.config.train.stop_patience
         if patience is not None and self.progress[0].history:
             accuracies = self.progress[0].accuracies
@@ -322,12 +357,19 @@ class Loop:
         return {"runs": of_runs, "best_step": None} if self.together else of_runs[0]
 
     def _save(self) -> None:
+        if self.saved == self._how_far():
+            return
         best_steps = {progress.best_step for progress in self.progress}
         # A best network that the state itself has is not written twice.
         best = None if best_steps <= {None, self.step} else self.devices.fetch(self.best)
         state = self.devices.fetch(self.states)
         self.checkpoints.save(self.step, self._as_json(), state, best)
         self.saved_at = time.monotonic()
+        self.saved = self._how_far()
+
+    def _how_far(self) -> tuple[int, int]:
+        """Returns the step, and for how many epochs the runs have been evaluated."""
+        return self.step, sum(len(progress.history) for progress in self.progress)
 
     def _write_epoch(self, events: Sequence[report.Events]) -> None:
         for i in self.alive:

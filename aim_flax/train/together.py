@@ -19,7 +19,7 @@ from aim_flax.files import read_json, write_json
 from aim_flax.train import dataset_record
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.loop import Loop, check_dataset
-from aim_flax.train.workdir import claim, held
+from aim_flax.train.workdir import claimed
 
 _SEEDS = "seeds_together.json"
 
@@ -66,9 +66,8 @@ def train_together(
         for run, workdir in zip(runs, workdirs, strict=True):
             if note := check_dataset(workdir, run, other_images):
                 part.say(note)
-            claim(workdir, run.config)
+            stack.enter_context(claimed(workdir, run.config))
             dataset_record.write(workdir, run.dataset.fingerprint, run.epoch_steps)
-            stack.enter_context(held(workdir))
         if unfinished_group(folder) != list(seeds):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)

@@ -14,15 +14,19 @@ from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from aim_flax import files
-from aim_flax.config import differing_keys, flatten, to_json
+from aim_flax.config import LEFT_OUT, differing_keys, flatten, to_json
 from aim_flax.devices import any_process
 from aim_flax.errors import BusyError, UsageError
 from aim_flax.files import read_json, write_json
 from aim_flax.train.optimizer import OPEN_ENDED
 
 LOCK = ".lock"
-# Keys that may change when a run continues, because its results don't depend on them.
-NOT_OF_THE_RUN = ("data.dir", "data.threads")
+CHANGES = "config_changes.json"
+# Keys that may change when a run continues, because its results so far don't depend on them: what
+# an image that can't be read is to do matters from the first one on, and each that was left out is
+# counted.
+RECORDED = ("data.on_error",)
+NOT_OF_THE_RUN = ("data.dir", "data.threads", *RECORDED)
 EPOCHS = "train.epochs"
 PROGRESS = "progress.json"
 
@@ -89,7 +93,7 @@ def _differing(there: ConfigDict, here: ConfigDict) -> list[str]:
 
 
 def check_claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) -> None:
-    """Raises UsageError unless the workdir holds this run, or nothing.
+    """Raises UsageError unless the workdir holds this run, or nothing, or a start that failed.
 
     Args:
       more_epochs: whether it may also hold this run with fewer epochs, see `raise_epochs`.
@@ -97,9 +101,10 @@ def check_claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) ->
     saved = workdir / "config.json"
     if saved.is_file():
         other = ConfigDict(read_json(saved))
-        if more_epochs and _differing(other, config) == [EPOCHS]:
+        changes = differences(other, config) if _has_begun(workdir) else ""
+        if changes and more_epochs and _differing(other, config) == [EPOCHS]:
             _check_epochs(workdir, other, config)
-        elif changes := differences(other, config):
+        elif changes:
             raise UsageError(
                 f"{workdir} holds a run of another config, which differs in {changes};"
                 " choose another --workdir"
@@ -113,22 +118,68 @@ def check_claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) ->
             raise UsageError(f"{workdir} is not empty and holds no run; choose another --workdir")
 
 
-def claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) -> None:
-    """Makes the workdir this run's, or raises UsageError and changes nothing.
+def _has_begun(workdir: Path) -> bool:
+    """Returns whether a run has saved anything."""
+    results = ("metrics.csv", "summary.json", "diverged.json")
+    return any((workdir / name).exists() for name in results) or bool(_checkpoints(workdir))
 
-    `more_epochs` is that of `check_claim`; then the workdir stays as it is.
+
+def _checkpoints(workdir: Path) -> list[str]:
+    """Returns the names of a run's checkpoints, without those that orbax has not finished."""
+    names = [folder.name for folder in workdir.glob("checkpoints/*/")]
+    return [name for name in names if "tmp" not in name]
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, config: ConfigDict, more_epochs: bool = False) -> Iterator[None]:
+    """Makes the workdir this run's, and keeps other processes out of it.
+
+    A config that differs in nothing but RECORDED takes the place of the one that is saved, and the
+    changes are listed in CHANGES.
+
+    Args:
+      more_epochs: as for `check_claim`; the number of epochs stays as it is.
+
+    Raises:
+      UsageError: as `check_claim` and `held` do; nothing is changed.
     """
     check_claim(workdir, config, more_epochs)
-    saved = workdir / "config.json"
-    if jax.process_index() != 0:
-        return
-    with files.writing(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        # The config first: if this process is killed, the workdir is still this run's.
-        if not saved.is_file():
-            files.write_text(saved, to_json(config))
-        if not (workdir / "code_version.json").is_file():
-            files.write_json(workdir / "code_version.json", versions())
+    with held(workdir):
+        # Again: another process may have come first.
+        check_claim(workdir, config, more_epochs)
+        if jax.process_index() == 0:
+            with files.writing(workdir):
+                _write_config(workdir, config)
+        yield
+
+
+def _write_config(workdir: Path, config: ConfigDict) -> None:
+    saved, as_json = workdir / "config.json", to_json(config)
+    # The config first: if this process is killed, the workdir is still this run's.
+    if not saved.is_file():
+        files.write_text(saved, as_json)
+    elif (changes := differences(there := ConfigDict(read_json(saved)), config)) and not _has_begun(
+        workdir
+    ):
+        print(
+            f"{workdir}: a start with another config saved nothing, and this run takes its place"
+            f" (there is another {changes})",
+            flush=True,
+        )
+        files.write_text(saved, as_json)
+    elif recorded := [key for key in RECORDED if key in differing_keys(there, config)]:
+        old, new = flatten(there), flatten(config)
+        steps = [int(name) for name in _checkpoints(workdir) if name.isdecimal()]
+        list_ = read_json(workdir / CHANGES) if (workdir / CHANGES).is_file() else []
+        for key in recorded:
+            change = {"key": key, "from": old.get(key, LEFT_OUT.get(key)), "to": new.get(key)}
+            list_.append({"after_step": max(steps, default=0), **change})
+        files.write_json(workdir / CHANGES, list_)
+        with there.unlocked():
+            there.update_from_flattened_dict({key: new.get(key) for key in recorded})
+        files.write_text(saved, to_json(there))
+    if not (workdir / "code_version.json").is_file():
+        files.write_json(workdir / "code_version.json", versions())
 
 
 def _check_epochs(workdir: Path, there: ConfigDict, here: ConfigDict) -> None:
@@ -190,7 +241,7 @@ def held(workdir: Path, wait: float = 0.0) -> Iterator[None]:
     The operating system releases it when this process ends, in any way.
 
     Args:
-      workdir: exists.
+      workdir: created if it does not exist.
       wait: seconds to wait, at most, while another process holds it.
 
     Raises:
@@ -201,6 +252,7 @@ def held(workdir: Path, wait: float = 0.0) -> Iterator[None]:
         busy = False
         if jax.process_index() == 0:
             with files.writing(workdir):
+                workdir.mkdir(parents=True, exist_ok=True)
                 try:
                     stack.enter_context(FileLock(workdir / LOCK, timeout=wait))
                 except Timeout:
