@@ -23,6 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
+from aim_flax import sources
 from aim_flax.errors import UsageError, nearest
 from aim_flax.names import shortened
 from aim_flax.options import check_values
@@ -154,6 +155,8 @@ def override(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
     """Returns a copy with keys set by "key.path=value" strings, each to its own type.
 
     "None" is None for a key that can be None: for one that the config file made by `placeholder`.
+    "model.pretrained=..." also sets what those weights expect (`aim_flax.sources`), but for keys
+    that are set themselves.
 
     Raises:
       UsageError: an unknown key, with the nearest valid one, or a value of another type, or one
@@ -168,6 +171,11 @@ def override(config: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
             raise UsageError(f"{key!r} {why}{nearest(key, known)}")
         if not equals:
             raise UsageError(f"{key!r} has no value: expected {key}=VALUE")
+    # First what weights set along with themselves: anything else that is asked for is said later.
+    for assignment in assignments:
+        key, _, value = assignment.partition("=")
+        if key == "model.pretrained" and value != "None":
+            assignments = [*sources.assignments(value, config.model.name), *assignments]
     # Of a key that is set twice the last counts; the flag of a tuple would join them.
     last = {assignment.partition("=")[0]: assignment for assignment in assignments}
     changed = copy.deepcopy(config)
@@ -239,11 +247,14 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
 # becomes of the values in configs/base.py: those runs were made with it.
 LEFT_OUT = flatten(
     {
-        # Only digits lacked these, and they have no use for them.
+        # Digits lacked most of these, and have no use for those.
         "data": {
+            "mean": [],
+            "deviation": [],
             "dir": "",
             "formats": "usual",
             "fit": "stretch",
+            "centre": 1.0,
             "val_fraction": 0.1,
             "test_fraction": 0.2,
             "in_memory_mb": 1024.0,
@@ -259,7 +270,13 @@ LEFT_OUT = flatten(
             "flip_vertical": False,
             "contrast": 0.0,
         },
-        "model": {"momentum": 0.99, "epsilon": 1e-3},
+        "model": {
+            "momentum": 0.99,
+            "epsilon": 1e-3,
+            "stride_on": "conv1",
+            "dense_norm": True,
+        },
+        "train": {"balance": "none", "freeze": "", "rates": []},
         "memory": {
             "kernel_size": 1,
             "fit": "reshape",
@@ -273,7 +290,6 @@ LEFT_OUT = flatten(
             },
             "learning_rate_scale": 1.0,
         },
-        "train": {"balance": "none"},
     }
 )
 

@@ -75,6 +75,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "seed": Condition("0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
     "data.image_shape": _each("height, width, and 3 channels or 1 (grey)", 3, 3),
     "data.scale": _ABOVE_0,
+    "data.centre": Condition("a share above 0, at most 1", lambda value: 0 < value <= 1),
     "data.val_fraction": _below(1),
     "data.test_fraction": _below(1),
     "data.train_images": _COUNT,

@@ -5,11 +5,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.memory import computed_dtype, fit, kernel_of, resize
+from aim_flax.windows import window_means
 
 UPDATE_FORMS = ("published", "erase_add", "attend")
 UPDATE_MODES = ("replace", "residual", "gated")
@@ -372,17 +372,8 @@ def average_pool_to(x: jax.Array, *sizes: int) -> jax.Array:
         cells = [n for pair in zip(sizes, windows, strict=True) for n in pair]
         x = x.reshape(x.shape[0], *cells, x.shape[-1])
         return x.mean(axis=tuple(range(2, 2 * len(sizes) + 1, 2)))
-    first, *others = (jnp.asarray(_pooling(*pair), x.dtype) for pair in both)
+    first, *others = (jnp.asarray(window_means(*pair), x.dtype) for pair in both)
     over, to = "hwp"[: len(sizes)], "rkq"[: len(sizes)]
     pooled, *rest = (a + b for a, b in zip(to, over, strict=True))
     equation = ",".join([pooled, f"b{over}c", *rest])
     return jnp.einsum(f"{equation}->b{to}c", first, x, *others)
-
-
-def _pooling(size: int, out: int) -> np.ndarray:
-    """Returns the (out, size) matrix that averages each adaptive window."""
-    matrix = np.zeros((out, size))
-    for i in range(out):
-        start, stop = i * size // out, -(-(i + 1) * size // out)
-        matrix[i, start:stop] = 1 / (stop - start)
-    return matrix

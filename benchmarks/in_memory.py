@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aim_flax.data.in_memory import InMemory, Split
+from aim_flax.data.scaling import Scaling
 from aim_flax.devices import Devices
 from aim_flax.files import write_csv
 
@@ -27,7 +28,7 @@ def compiled(split: Split, batch_size: int) -> Callable[[int], None]:
     devices = Devices("pmap", 1)
     augmentation = {"shift": SHIFT, "flip_horizontal": True}
     data = InMemory((), {"train": split})
-    batches = data.train_batches(devices, batch_size, 255.0, augmentation)
+    batches = data.train_batches(devices, batch_size, Scaling(255.0), augmentation)
 
     def on_device(data, seed, step):
         batch = batches.on_device(data, seed, step)

@@ -25,6 +25,7 @@ import simplejpeg
 from sklearn.datasets import load_sample_images
 
 from aim_flax.data.folder import read_folder
+from aim_flax.data.scaling import Scaling
 from aim_flax.data.streamed import Streamed
 from aim_flax.devices import Devices
 from aim_flax.files import write_csv
@@ -60,7 +61,7 @@ def ours(directory: Path, batch_size: int, augment: str, threads: int) -> Measur
     dataset = read_folder(directory, val_fraction=0.0, test_fraction=0.005)
     streamed = Streamed(dataset, (SIZE, SIZE, 3), threads)
     devices = Devices("pmap", 1)
-    batches = streamed.train_batches(devices, batch_size, 255.0, AUGMENTATIONS[augment])
+    batches = streamed.train_batches(devices, batch_size, Scaling(255.0), AUGMENTATIONS[augment])
 
     def measure(untimed: int, timed: int) -> tuple[float, float, float]:
         with closing(batches.feed(0, 0, 1_000_000)) as feed:

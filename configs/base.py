@@ -61,8 +61,8 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     Args:
       name: of the experiment, that of its file.
       arm: one of the experiment's arms.
-      model: "mlp", "resnet" or "vgg", or "package.module:Class" for a network from elsewhere. The
-        config has the options of this network only.
+      model: "mlp", "resnet", "vgg" or "efficientnet_lite", or "package.module:Class" for a network
+        from elsewhere. The config has the options of this network only.
       **fields: options of a network from elsewhere.
     """
     config = ConfigDict()
@@ -75,11 +75,14 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "folder"  # or tfds:NAME, digits
     config.data.image_shape = (224, 224, 3)  # height, width, 3 channels or 1 (grey)
-    config.data.scale = 255.0  # pixels are divided by it
+    config.data.scale = 255.0  # pixels are divided by it;
+    config.data.mean = ()  # then this is subtracted from each channel, (): nothing,
+    config.data.deviation = ()  # and each is divided by this
     # The rest is not for digits, which are not read from files and have splits of their own.
     config.data.dir = ""  # the folder; of TFDS, where it prepared the dataset ("": its own place)
     config.data.formats = "usual"  # jpg, png, webp; or all: what Pillow reads
     config.data.fit = "stretch"  # or crop: how other proportions are brought to the shape
+    config.data.centre = 1.0  # share of its height and width, in the middle, that is used
     config.data.val_fraction = 0.1  # of train, held out where there is no validation split
     config.data.test_fraction = 0.2  # of a folder without any splits
     config.data.train_images = placeholder(int)  # training images to use, a fixed choice; None: all
@@ -100,6 +103,9 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     config.model = ConfigDict()
     config.model.name = model
     config.model.num_classes = placeholder(int)  # None: as many as the dataset has
+    # What training starts from, SOURCE:FILE or SOURCE:NAME: see docs/pretrained.md. As a flag it
+    # sets what those weights expect of the network and its input, too. None: random values.
+    config.model.pretrained = placeholder(str)
     config.model.update(fields)
 
     # As published, except for the shape, which each experiment sets. A network without memory has
@@ -143,6 +149,7 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
         config.model.conv_bias = True
         config.model.momentum = 0.99  # of the batch norms
         config.model.epsilon = 1e-3
+        config.model.stride_on = "conv1"  # or conv2: which of a block's convolutions has its stride
         config.model.pointwise = "einsum"  # or conv: how 1x1 convolutions are computed
         config.memory.read = Derived(config.model, lambda model: f"{block(model)}/conv1")
         config.memory.read_initial = Derived(config.model, later_block)
@@ -151,7 +158,8 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
         config.model.stage_sizes = (2, 2, 3, 3, 3)  # convolutions in each stage
         config.model.widths = (64, 128, 256, 512, 512)  # of the stages
         config.model.dense_sizes = (4096, 4096)
-        config.model.pooling = "flatten"  # or global
+        config.model.pooling = "flatten"  # or global, grid
+        config.model.dense_norm = True  # a batch norm before the dense layers
         config.model.batch_norm = False  # after each convolution
         config.model.momentum = 0.99  # of the batch norms
         config.model.epsilon = 1e-3
@@ -163,6 +171,17 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
             ),
         )
         config.memory.update_after = r"stage[1-4]_pool"
+
+    elif model == "efficientnet_lite":
+        config.model.stage_sizes = (1, 2, 2, 3, 3, 4, 1)  # blocks in each stage
+        config.model.widths = (16, 24, 40, 80, 112, 192, 320)  # of the stages
+        config.model.stem_width = 32
+        config.model.top_width = 1280  # of the last convolution
+        config.model.dropout = 0.2
+        config.model.momentum = 0.99  # of the batch norms
+        config.model.epsilon = 1e-3
+        config.memory.read = r"stage\d_block\d/(expand|project)"
+        config.memory.update_after = r"stage[3-6]_block1"
 
     # None is left to optax. An optimiser refuses an option that it does not take.
     config.optimizer = ConfigDict()
@@ -185,6 +204,10 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     config.train = ConfigDict()
     config.train.batch_size = 64  # over all devices
     config.train.epochs = 30
+    # Parameters that keep their values, a regular expression of their whole paths; "": none. Batch
+    # norms that are frozen use, and keep, their running statistics.
+    config.train.freeze = ""
+    config.train.rates = ()  # "PATTERN=FACTOR": of the learning rate; the first that matches
     config.train.stop_patience = placeholder(int)  # epochs; None: no early stopping
     config.train.stop_min_delta = 1e-3  # of accuracy: a smaller gain is none
     # Most steps in one compiled call, within an epoch. On a GPU 50 are quicker, where data is in

@@ -16,6 +16,7 @@ from aim_flax import config as configs
 from aim_flax.cli import evaluate as evaluate_command
 from aim_flax.data.digits import load_digits
 from aim_flax.data.in_memory import InMemory, Split
+from aim_flax.data.scaling import Scaling
 from aim_flax.devices import Devices
 from aim_flax.evaluate import effects, report
 from aim_flax.evaluate.effects import Effect
@@ -58,7 +59,9 @@ def split(count: int) -> Split:
 @pytest.mark.parametrize(("count", "batch_size", "devices"), [(37, 8, 1), (37, 10, 8), (5, 64, 8)])
 def test_padding_is_not_counted(kind, count, batch_size, devices):
     examples, devices = split(count), Devices(kind, devices)
-    batches = InMemory((), {"test": examples}).eval_batches(devices, "test", batch_size, 255.0)
+    batches = InMemory((), {"test": examples}).eval_batches(
+        devices, "test", batch_size, Scaling(255.0)
+    )
     evaluate = build_evaluate(Mean(), devices, batches, 3)
     evaluation = evaluate(devices.replicate({}))
 
@@ -270,7 +273,7 @@ def carrying():
     )  # fmt: skip
     examples, devices = split(48), Devices("pmap", 4)
     # Far apart, so that their memories are, too.
-    batches = InMemory((), {"test": examples}).eval_batches(devices, "test", 48, 8.0)
+    batches = InMemory((), {"test": examples}).eval_batches(devices, "test", 48, Scaling(8.0))
     variables = random_variables(aim, jnp.ones((2, 2, 2, 1)))
 
     def build(model):

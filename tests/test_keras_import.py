@@ -13,8 +13,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from aim_flax.cli.keras_import import main
-from aim_flax.models.keras_weights import read_keras_hdf5, split_reads, variables_from_keras
+from aim_flax.models.keras_weights import split_reads, variables_from_keras
 from aim_flax.models.resnet import ResNet
+from aim_flax.models.weights_files import read_keras_hdf5
 from aim_flax.train.restore import restore_run
 from tests.arrays import shapes_of
 from tests.asserts import assert_equal, fails, refused

@@ -13,6 +13,7 @@ from aim_flax.data import dataset
 from aim_flax.data.digits import load_digits
 from aim_flax.data.load import decode_if_small, load_dataset, open_dataset
 from aim_flax.data.records import EncodedDataset
+from aim_flax.data.scaling import Scaling
 from aim_flax.data.streamed import Streamed
 from aim_flax.devices import Devices
 from aim_flax.errors import DataError
@@ -40,7 +41,7 @@ def streamed(splits=None, threads: int = 2, on_error: str = "stop", classes: int
 def train_batches(dataset, seed, start, stop, count=1, kind="pmap", augmentation=None, size=8):
     """The training batches as the devices see them, in the order of their rows."""
     devices = Devices(kind, count)
-    batches = dataset.train_batches(devices, size, 255.0, augmentation)
+    batches = dataset.train_batches(devices, size, Scaling(255.0), augmentation)
 
     def on_device(data, seed, step):
         images, labels = batches.on_device(data, seed, step)(step)
@@ -63,8 +64,8 @@ def test_batches_are_those_of_the_same_images_in_memory(tmp_path, kind, count):
     config = folder(write_folder(tmp_path))
     in_memory = load_dataset(config)
     by_host = load_dataset(configs.override(config, ["data.in_memory_mb=0.0"]))
-    assert not in_memory.train_batches(Devices(kind, count), 8, 255.0, None).sharded
-    assert by_host.train_batches(Devices(kind, count), 8, 255.0, None).sharded
+    assert not in_memory.train_batches(Devices(kind, count), 8, Scaling(255.0), None).sharded
+    assert by_host.train_batches(Devices(kind, count), 8, Scaling(255.0), None).sharded
     assert_equal(*(train_batches(data, 3, 5, 9, count, kind) for data in (in_memory, by_host)))
 
 
@@ -100,7 +101,7 @@ def test_epoch_visits_each_image_at_most_once():
 @pytest.mark.parametrize(("batch_size", "count"), [(4, 1), (5, 8), (64, 2)])
 def test_evaluation_counts_each_image_once(kind, batch_size, count):
     devices = Devices(kind, count)
-    batches = streamed().eval_batches(devices, "test", batch_size, 1.0)
+    batches = streamed().eval_batches(devices, "test", batch_size, Scaling(1.0))
 
     def on_device(data):
         return jax.lax.all_gather(batches.on_device(data), "batch", tiled=True)
@@ -135,7 +136,7 @@ def test_damaged_image_stops_and_is_named(kind, threads):
     with refused(r"^photo 9 .*data.on_error=skip leaves", kind=DataError):
         train_batches(dataset, 0, 0, 4)
     with refused(r"^photo 9 ", kind=DataError):
-        list(dataset.eval_batches(Devices("pmap", 1), "test", 8, 1.0))
+        list(dataset.eval_batches(Devices("pmap", 1), "test", 8, Scaling(1.0)))
 
 
 def test_damaged_image_is_replaced_in_training_and_left_out_of_evaluation(capsys):
@@ -147,7 +148,7 @@ def test_damaged_image_is_replaced_in_training_and_left_out_of_evaluation(capsys
     distinct, counts = np.unique(images, axis=0, return_counts=True)
     assert len(distinct) == 119
     assert sorted(counts)[-2:] == [1, 2]
-    evaluation = dataset.eval_batches(Devices("pmap", 1), "test", 50, 1.0)
+    evaluation = dataset.eval_batches(Devices("pmap", 1), "test", 50, Scaling(1.0))
     status = [(b["counted"], b["left_out"]) for b in evaluation]
     counted, left_out = (
         np.concatenate([np.ravel(x) for x in s]) for s in zip(*status, strict=True)
@@ -394,8 +395,8 @@ def test_images_are_decoded_up_to_the_limit(photographs):
 def test_datasets_and_their_batches_satisfy_the_protocols():
     devices = Devices("pmap", 1)
     for data in (load_digits(), streamed()):
-        train = data.train_batches(devices, 4, 16.0, None)
-        evaluation = data.eval_batches(devices, "test", 4, 16.0)
+        train = data.train_batches(devices, 4, Scaling(16.0), None)
+        evaluation = data.eval_batches(devices, "test", 4, Scaling(16.0))
         with closing(train.feed(0, 0, 1)) as feed:
             assert isinstance(feed, dataset.Feed)
         assert isinstance(data, dataset.Dataset)

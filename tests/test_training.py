@@ -13,6 +13,7 @@ import pytest
 
 from aim_flax.cli import evaluate as evaluate_command
 from aim_flax.data.digits import load_digits
+from aim_flax.data.scaling import Scaling
 from aim_flax.devices import Devices
 from aim_flax.errors import DivergenceError
 from aim_flax.train import loop
@@ -256,7 +257,7 @@ def test_calls_of_any_length_give_the_same_run(tmp_path, finished):
 
 
 def test_epochs_visit_each_example_at_most_once_in_an_order_of_their_own():
-    batches = load_digits().train_batches(Devices("pmap", 1), 64, 16.0, None)
+    batches = load_digits().train_batches(Devices("pmap", 1), 64, Scaling(16.0), None)
     orders = [
         np.asarray(batches.order(seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
     ]

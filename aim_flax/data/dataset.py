@@ -11,6 +11,7 @@ import numpy as np
 
 from aim_flax.data.balance import BalancedOrder
 from aim_flax.data.fingerprint import Fingerprint
+from aim_flax.data.scaling import Scaling
 from aim_flax.devices import Devices
 from aim_flax.keys import data_key
 
@@ -32,7 +33,7 @@ class TrainBatches(abc.ABC):
 
     Attributes:
       batch_size: over all devices.
-      scale: what pixels are divided by.
+      scale: from pixels to what the network gets.
       augmentation: the options of `augment.augment`.
       balanced: whether all classes come equally often; else all images do.
       sharded: whether each device gets its own part of a batch, instead of the whole split.
@@ -46,7 +47,7 @@ class TrainBatches(abc.ABC):
     dataset: "Dataset"
     devices: Devices
     batch_size: int
-    scale: float
+    scale: Scaling
     augmentation: Mapping[str, Any] | None
     balanced: bool = False
     sharded: ClassVar[bool]
@@ -91,7 +92,7 @@ class EvalBatches(abc.ABC):
     devices: Devices
     split: str
     batch_size: int
-    scale: float
+    scale: Scaling
     sharded: ClassVar[bool]
 
     def __post_init__(self):
@@ -153,7 +154,7 @@ class Dataset(abc.ABC):
         self,
         devices: Devices,
         batch_size: int,
-        scale: float,
+        scale: Scaling,
         augmentation: Mapping[str, Any] | None,
         balanced: bool = False,
     ) -> TrainBatches:
@@ -161,7 +162,7 @@ class Dataset(abc.ABC):
         return self._train_batches(self, devices, batch_size, scale, augmentation, balanced)
 
     def eval_batches(
-        self, devices: Devices, split: str, batch_size: int, scale: float
+        self, devices: Devices, split: str, batch_size: int, scale: Scaling
     ) -> EvalBatches:
         """Returns the batches of a split; `batch_size` is rounded up as `EvalBatches` says."""
         return self._eval_batches(self, devices, split, batch_size, scale)

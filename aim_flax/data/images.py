@@ -46,7 +46,11 @@ _FAILURES = (ValueError, OSError, SyntaxError, EOFError, *_BOMBS)
 
 
 def load(
-    encoded: bytes, shape: tuple[int, int, int], region: Region = WHOLE, fit: str = "stretch"
+    encoded: bytes,
+    shape: tuple[int, int, int],
+    region: Region = WHOLE,
+    fit: str = "stretch",
+    centre: float = 1.0,
 ) -> np.ndarray:
     """Decodes a part of an image at a given size.
 
@@ -61,6 +65,8 @@ def load(
       region: the part to decode.
       fit: "stretch": a region of the whole image, whose proportions change; "crop": a region of
         the largest part in the middle that has the proportions of H and W.
+      centre: the share of that image's or part's height and width, in the middle, that counts as
+        the whole: the rest is cut off.
 
     Returns:
       (H, W, C) uint8.
@@ -72,12 +78,12 @@ def load(
     height, width, _ = shape
     try:
         if encoded.startswith(_JPEG):
-            pixels = _decode_jpeg(encoded, shape, region, fit)
+            pixels = _decode_jpeg(encoded, shape, region, fit, centre)
         else:
             pixels = _decode_other(encoded, shape[2])
     except _FAILURES as error:
         raise ImageError(_reason(encoded, error)) from None
-    rows, columns = _slices(pixels.shape[:2], shape, region, fit)
+    rows, columns = _slices(pixels.shape[:2], shape, region, fit, centre)
     pixels = pixels[rows, columns]
     while min(pixels.shape[0] / height, pixels.shape[1] / width) >= 2:
         half = (math.ceil(pixels.shape[1] / 2), math.ceil(pixels.shape[0] / 2))
@@ -109,7 +115,7 @@ def header(encoded: bytes) -> tuple[str, int, int]:
 
 
 def _decode_jpeg(
-    encoded: bytes, shape: tuple[int, int, int], region: Region, fit: str
+    encoded: bytes, shape: tuple[int, int, int], region: Region, fit: str, centre: float
 ) -> np.ndarray:
     """Returns all pixels, upright, halved within the decoder as `load` says."""
     height, width, color, _ = simplejpeg.decode_jpeg_header(encoded)
@@ -117,7 +123,7 @@ def _decode_jpeg(
         raise Image.DecompressionBombError
     orientation = _jpeg_orientation(encoded)
     upright = (width, height) if orientation in _TRANSPOSED else (height, width)
-    rows, columns = _slices(upright, shape, region, fit)
+    rows, columns = _slices(upright, shape, region, fit, centre)
     ratio = min((rows.stop - rows.start) / shape[0], (columns.stop - columns.start) / shape[1])
     # The decoder's inverse DCT is quick at 1/2, 1/4 and 1/8 only.
     factor = 2 ** min(3, int(math.log2(max(1.0, ratio))))
@@ -182,7 +188,7 @@ def _orientation(exif: bytes) -> int:
 
 
 def _slices(
-    size: tuple[int, int], shape: tuple[int, int, int], region: Region, fit: str
+    size: tuple[int, int], shape: tuple[int, int, int], region: Region, fit: str, centre: float
 ) -> tuple[slice, slice]:
     """Returns the rows and columns of a region of an image of this size."""
     scale = min(size[0] / shape[0], size[1] / shape[1])
@@ -192,6 +198,8 @@ def _slices(
         margin = 0.0
         if fit == "crop":
             whole = scale * shape[axis]
+        whole *= centre
+        if fit == "crop" or centre < 1:
             margin = (limit - whole) / 2
         start = margin + region[axis] * whole
         first = min(round(start), limit - 1)

@@ -48,7 +48,7 @@ class TrainBatches(dataset.TrainBatches):
             if self.augmentation is not None:
                 key = augment_key(seed, step)
                 batch_images = augment(batch_images, key, first, self.augmentation)
-            return batch_images.astype(jnp.float32) / self.scale, labels[indices]
+            return self.scale(batch_images), labels[indices]
 
         return batch
 
@@ -91,7 +91,7 @@ class EvalBatches(dataset.EvalBatches):
         indices = start + jax.lax.axis_index(AXIS) * local + jnp.arange(local)
         counted = indices < self.examples
         indices %= self.examples
-        images = images[indices].astype(jnp.float32) / self.scale
+        images = self.scale(images[indices])
         return images, labels[indices], counted, jnp.zeros_like(counted)
 
 

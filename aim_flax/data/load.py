@@ -147,7 +147,8 @@ def _check_unused(data: ConfigDict) -> None:
     """Raises UsageError if an option that digits have no use for is set."""
     for key, value in data.items():
         unset = LEFT_OUT.get(f"data.{key}")
-        if key not in ("name", "image_shape", "scale") and value != unset:
+        used = ("name", "image_shape", "scale", "mean", "deviation")
+        if key not in used and value != unset:
             raise UsageError(
                 f"data.{key} is {value!r}, but digits have no use for it: leave it {unset!r}"
             )

@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aim_flax.config import LEFT_OUT
+from aim_flax.data.scaling import Scaling, scaling
 
 # The value of a white pixel in datasets whose images are no files.
 _WHITE = {"digits": 16}
@@ -14,7 +15,8 @@ _WHITE = {"digits": 16}
 
 def decoding(data: ConfigDict) -> dict[str, Any]:
     """Returns how a config's `data` has images decoded, as keyword arguments of `images.load`."""
-    return {"shape": tuple(data.image_shape), "fit": data.get("fit", LEFT_OUT["data.fit"])}
+    fit, centre = (data.get(key, LEFT_OUT[f"data.{key}"]) for key in ("fit", "centre"))
+    return {"shape": tuple(data.image_shape), "fit": fit, "centre": centre}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +25,17 @@ class Preprocessing:
 
     Attributes:
       decoding: keyword arguments of `images.load`, which makes pixels of an encoded image.
-      scale: what they are divided by.
+      scaling: of the pixels.
       white: the value of a white pixel in the dataset: 255, but 16 in digits.
     """
 
     decoding: dict[str, Any]
-    scale: float
+    scaling: Scaling
     white: int
 
     @classmethod
     def of(cls, data: ConfigDict) -> "Preprocessing":
-        return cls(decoding(data), data.scale, _WHITE.get(data.name, 255))
+        return cls(decoding(data), scaling(data), _WHITE.get(data.name, 255))
 
     def pixels(self, encoded: bytes) -> np.ndarray:
         """Decodes an image to (H, W, C) uint8; raises `images.ImageError`."""
@@ -47,4 +49,4 @@ class Preprocessing:
 
     def inputs(self, pixels: Any) -> Any:
         """Returns uint8 pixels, of numpy or JAX, as a network takes them: float32."""
-        return pixels.astype(np.float32) / self.scale
+        return self.scaling(pixels)

@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from aim_flax.data import augment_host, dataset, fingerprint
@@ -22,7 +21,7 @@ from aim_flax.data.augment_host import UNCHANGED, Change
 from aim_flax.data.images import FITS, WHOLE, ImageError, Region, load
 from aim_flax.data.records import EncodedDataset
 from aim_flax.devices import AXIS, Devices
-from aim_flax.errors import DataError, check_choice
+from aim_flax.errors import DataError, UsageError, check_choice
 from aim_flax.keys import augment_key
 from aim_flax.names import printable
 
@@ -61,12 +60,12 @@ class TrainBatches(dataset.TrainBatches):
         images, labels = data["images"], data["labels"]
 
         def batch(step: jax.Array) -> tuple[jax.Array, jax.Array]:
-            scaled = images
+            changed = images
             if self.augmentation is not None:
                 first = jax.lax.axis_index(AXIS) * len(labels)
                 rest = {"contrast": self.augmentation.get("contrast")}
-                scaled = augment(images, augment_key(seed, step), first, rest)
-            return scaled.astype(jnp.float32) / self.scale, labels
+                changed = augment(images, augment_key(seed, step), first, rest)
+            return self.scale(changed), labels
 
         return batch
 
@@ -108,8 +107,7 @@ class EvalBatches(dataset.EvalBatches):
         return self.dataset.batches(self.split, self.devices, self.batch_size, which, record)
 
     def on_device(self, data: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        images = data["images"].astype(jnp.float32) / self.scale
-        return images, data["labels"], data["counted"], data["left_out"]
+        return self.scale(data["images"]), data["labels"], data["counted"], data["left_out"]
 
 
 class Streamed(dataset.Dataset):
@@ -129,8 +127,10 @@ class Streamed(dataset.Dataset):
         threads: int,
         fit: str = "stretch",
         on_error: str = "stop",
+        centre: float = 1.0,
     ):
-        """`fit` is that of `images.load`; `on_error`: "stop", or "skip" damaged images."""
+        """`fit` and `centre` are those of `images.load`; `on_error`: "stop", or "skip" damaged
+        images."""
         check_choice("data.fit", fit, FITS)
         check_choice("data.on_error", on_error, ON_ERROR)
         self.classes, self.shape, self.threads = dataset.classes, shape, threads
@@ -138,7 +138,10 @@ class Streamed(dataset.Dataset):
         # What can't be read is replaced in training and left out in evaluation.
         self.records = self.sizes
         self.skipped: dict[str, set[int]] = {name: set() for name in dataset.splits}
-        self._splits, self._fit, self._stop = dataset.splits, fit, on_error == "stop"
+        if not 0 < centre <= 1:
+            raise UsageError(f"data.centre is {centre}, expected a share above 0, at most 1")
+        self._splits, self._fit, self._centre = dataset.splits, fit, centre
+        self._stop = on_error == "stop"
         self._reasons: dict[tuple[str, int], str] = {}
 
     def _fingerprint(self) -> fingerprint.Fingerprint:
@@ -159,7 +162,7 @@ class Streamed(dataset.Dataset):
         records = self._splits[split]
         try:
             encoded, label = records.read(index)
-            pixels = load(encoded, self.shape, region, self._fit)
+            pixels = load(encoded, self.shape, region, self._fit, self._centre)
         except (ImageError, OSError) as error:
             why = str(error) if isinstance(error, ImageError) else f"can't be read: {error}"
             self._reasons[split, index] = reason = printable(f"{records.name(index)} {why}")

@@ -16,13 +16,13 @@ _SIDE, _COLUMNS = 96, 6
 
 
 def mistakes(
-    evaluation: Evaluation, dataset: Dataset, split: str, scale: float
+    evaluation: Evaluation, dataset: Dataset, split: str, white: float
 ) -> tuple[list[dict[str, Any]], bytes | None]:
     """Returns what is known of at most MOST images, and a sheet of them.
 
     Args:
       split: the one that was evaluated.
-      scale: what pixels are divided by.
+      white: the value of a white pixel.
 
     Returns:
       A row for each, with `image` (its name), `class`, `predicted` and the `probability` that the
@@ -46,7 +46,7 @@ def mistakes(
         images = [dataset.image(split, int(i)) for i in wrong]
     except DataError:
         return rows, None
-    return rows, _sheet(images, scale) if images else None
+    return rows, _sheet(images, white) if images else None
 
 
 def caption(row: dict[str, Any]) -> str:
@@ -68,7 +68,7 @@ def tiles(sheet: bytes, count: int) -> list[bytes]:
         return found
 
 
-def _sheet(images: Sequence[np.ndarray], scale: float) -> bytes:
+def _sheet(images: Sequence[np.ndarray], white: float) -> bytes:
     """Returns images (H, W, C) uint8 of one shape in lines of _COLUMNS."""
     height, width, _ = images[0].shape
     factor = _SIDE / max(height, width)
@@ -79,7 +79,7 @@ def _sheet(images: Sequence[np.ndarray], scale: float) -> bytes:
     lines = -(-len(images) // _COLUMNS)
     sheet = Image.new(mode, (_COLUMNS * size[0], lines * size[1]))
     for i, image in enumerate(images):
-        pixels = np.clip(image.astype(np.float32) * (255 / scale), 0, 255).astype(np.uint8)
+        pixels = np.clip(image.astype(np.float32) * (255 / white), 0, 255).astype(np.uint8)
         y, x = divmod(i, _COLUMNS)
         tile = Image.fromarray(pixels.squeeze(-1) if mode == "L" else pixels)
         sheet.paste(tile.resize(size, how), (x * size[0], y * size[1]))

@@ -86,17 +86,17 @@ def write_evaluation(
     name: str,
     evaluation: Evaluation,
     dataset: Dataset,
-    scale: float,
+    white: float,
     context: dict[str, Any],
 ) -> None:
     """Writes eval_`name`.json and, if images were predicted wrongly, mistakes_`name`.png.
 
     Args:
-      scale: what pixels are divided by.
+      white: the value of a white pixel.
       context: of the evaluation, `split` among it, which comes first in the JSON file.
     """
     low, high = evaluation.accuracy_interval()
-    wrong, sheet = mistakes(evaluation, dataset, context["split"], scale)
+    wrong, sheet = mistakes(evaluation, dataset, context["split"], white)
     result = {
         **context,
         "examples": evaluation.count,

@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 from aim_flax.errors import UsageError, check_choice, nearest
 from aim_flax.latch import AiM
 from aim_flax.memory import Memory, check_memory
+from aim_flax.models.efficientnet import EfficientNetLite
 from aim_flax.models.mlp import MLP
 from aim_flax.models.resnet import ResNet
 from aim_flax.models.vgg import VGG
 from aim_flax.modes import InMode
 from aim_flax.updates import MemoryUpdate
 
-MODELS = {"mlp": MLP, "resnet": ResNet, "vgg": VGG}
+MODELS = {"mlp": MLP, "resnet": ResNet, "vgg": VGG, "efficientnet_lite": EfficientNetLite}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Fields that no config sets: Flax's own, and of a latch those for networks that call it themselves.
 _NO_OPTIONS = {"parent", "name"}
@@ -36,8 +37,8 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
 
     Args:
       config: with `model` (a `name`, of MODELS or "package.module:Class" for a Linen module from
-        anywhere, and that class's fields), `memory` (None, or the
-        fields of `Memory` and `AiM`, those of `MemoryUpdate` under `update_block`, and
+        anywhere, that class's fields, and `pretrained`, see `models.pretrained`), `memory` (None,
+        or the fields of `Memory` and `AiM`, those of `MemoryUpdate` under `update_block`, and
         `learning_rate_scale`, which is the optimiser's: see `build_optimizer`) and `dtype`.
       axis_name: the device axis over which training averages batch statistics and the carried
         memory; None on one device.
@@ -51,6 +52,7 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     common = dict(axis_name=axis_name, dtype=DTYPES[config.dtype])
     fields = _values(config.model)
     name = fields.pop("name")
+    fields.pop("pretrained", None)
     network = network_class(name)
     known = {key: value for key, value in common.items() if key in field_names(network)}
     if "dtype" not in known and config.dtype != "float32":

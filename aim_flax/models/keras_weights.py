@@ -6,9 +6,7 @@ are a block's convolutions, `_branch1` its shortcut, with stages from 2 to 5 and
 memory that is updated and `mem_global` the one that is not.
 """
 
-from collections.abc import Iterator, Mapping
-from os import PathLike
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +15,8 @@ from flax import traverse_util
 from aim_flax.errors import UsageError, nearest
 
 _STAGE_SIZES = (3, 4, 6, 3)
-_LAYER_ROLES = {"kernel": ("params", "kernel"), "bias": ("params", "bias")}
-_NORM_ROLES = {
+LAYER_ROLES = {"kernel": ("params", "kernel"), "bias": ("params", "bias")}
+NORM_ROLES = {
     "gamma": ("params", "scale"),
     "beta": ("params", "bias"),
     "moving_mean": ("batch_stats", "mean"),
@@ -56,7 +54,7 @@ def _places() -> dict[str, tuple[str, ...]]:
     """Returns the place in our variables by the weight's name, "layer/role" in Keras."""
     places = {}
     for layer, path in _layers().items():
-        roles = _NORM_ROLES if "norm" in path else _LAYER_ROLES
+        roles = NORM_ROLES if "norm" in path else LAYER_ROLES
         for role, (collection, parameter) in roles.items():
             places[f"{layer}/{role}"] = (collection, *path.split("/"), parameter)
     return places
@@ -146,52 +144,3 @@ def split_reads(variables: Mapping[str, Any], plain_params: Mapping[str, Any]) -
         params[place] = joint[..., :inputs, :]
         params[*place[:-1], "memory_read", "kernel"] = joint[..., inputs:, :]
     return {**variables, "params": traverse_util.unflatten_dict(params)}
-
-
-def read_keras_hdf5(path: str | PathLike) -> dict[str, dict[str, np.ndarray]]:
-    """Reads the weights in a Keras HDF5 file, which needs the extra `keras` (h5py).
-
-    Args:
-      path: of a file that Keras 2 wrote by `save_weights("x.h5")`, or Keras 2 or 3 by
-        `save("x.h5")` (a whole model). Not the `.weights.h5` of Keras 3.
-
-    Returns:
-      {layer name: {role: array}}, without the layers that have no weights.
-
-    Raises:
-      UsageError: when the file is absent, damaged or of another layout, or h5py is.
-    """
-    try:
-        import h5py
-    except ImportError:
-        raise UsageError(
-            "reading Keras weights needs h5py: install the extra `keras` (aim_flax[keras])"
-        ) from None
-    if Path(path).exists() and not Path(path).is_file():
-        raise UsageError(f"{path} is no file")
-    try:
-        with h5py.File(path) as file:
-            group = file.get("model_weights", file)
-            layers = {name: dict(_arrays(group[name])) for name in _names(group, "layer_names")}
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
-    # What h5py raises depends on where the file is damaged.
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        message = " ".join(str(error).split())
-        raise UsageError(
-            f'{path} holds no weights that Keras 2 wrote by save_weights("x.h5") or save("x.h5"),'
-            f" or is damaged: {message}"
-        ) from None
-    return {layer: arrays for layer, arrays in layers.items() if arrays}
-
-
-def _arrays(layer: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (role, array) for each weight of a layer's HDF5 group."""
-    for name in _names(layer, "weight_names"):
-        # Such as "conv1/kernel:0"; Keras 3 leaves out the ":0".
-        yield name.split("/")[-1].partition(":")[0], layer[name][()]
-
-
-def _names(group: Any, attribute: str) -> list[str]:
-    names = group.attrs[attribute]
-    return [name.decode() if isinstance(name, bytes) else name for name in names]

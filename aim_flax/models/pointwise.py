@@ -50,6 +50,11 @@ def _is_product(
     # SAME pads nothing where the kernel covers one pixel, whatever the stride.
     if padding not in ("SAME", "VALID") and any(n != 0 for sides in padding for n in sides):
         return False
+    return is_channels_last(lhs, rhs, options)
+
+
+def is_channels_last(lhs: jax.Array, rhs: jax.Array, options: Mapping[str, Any]) -> bool:
+    """Returns whether a convolution with these options is of images (B, H, W, C)."""
     numbers, channels_last = (
         jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, form)
         for form in (options.get("dimension_numbers"), ("NHWC", "HWIO", "NHWC"))

@@ -16,6 +16,7 @@ from aim_flax.errors import UsageError, check_choice
 from aim_flax.models.pointwise import pointwise_einsum
 
 STEMS = ("imagenet", "cifar")
+STRIDES_ON = ("conv1", "conv2")
 POINTWISE = {"einsum": pointwise_einsum, "conv": None}
 
 
@@ -37,6 +38,8 @@ class ResNet(nn.Module):
       conv_bias: whether convolutions have biases. Published: yes, though the batch norm after
         each convolution cancels its bias.
       momentum, epsilon: of the batch norms.
+      stride_on: which convolution of a block has its stride: "conv1", as in the paper and as
+        published; "conv2", as in torchvision ("v1.5"), which pads it by 1 on all sides.
       dtype: of the computation; None takes the inputs' and parameters' own, also for the logits.
       axis_name: device axis over which batch statistics are averaged in training, or None.
       pointwise: "einsum" computes 1x1 convolutions as matrix products, which XLA does faster on
@@ -51,6 +54,7 @@ class ResNet(nn.Module):
     conv_bias: bool = True
     momentum: float = 0.99
     epsilon: float = 1e-3
+    stride_on: str = "conv1"
     dtype: jnp.dtype | None = None
     axis_name: str | None = None
     pointwise: str = "einsum"
@@ -64,10 +68,12 @@ class ResNet(nn.Module):
           train: whether batch norm uses (and records) the statistics of this batch.
 
         Raises:
-          UsageError: for an unknown `stem` or `pointwise`, or not one width for each stage.
+          UsageError: for an unknown `stem`, `pointwise` or `stride_on`, or not one width for each
+            stage.
         """
         check_choice("stem", self.stem, STEMS)
         check_choice("pointwise", self.pointwise, POINTWISE)
+        check_choice("stride_on", self.stride_on, STRIDES_ON)
         conv = partial(
             nn.Conv,
             use_bias=self.conv_bias,
@@ -93,6 +99,7 @@ class ResNet(nn.Module):
                     features=width,
                     stride=2 if stage > 1 and block == 1 else 1,
                     project=block == 1,
+                    stride_on=self.stride_on,
                     conv=conv,
                     norm=norm,
                     name=f"stage{stage}_block{block}",
@@ -151,22 +158,27 @@ class BottleneckBlock(nn.Module):
 
     Attributes:
       features: of the first two convolutions; the block's output has four times as many.
-      stride: of the first convolution and the shortcut.
+      stride: of the shortcut, and of the first or the second convolution.
       project: whether the shortcut is a 1x1 convolution, not the identity.
+      stride_on: which of the two, see `ResNet`.
     """
 
     features: int
     stride: int
     project: bool
+    stride_on: str
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns (B, ceil(H / stride), ceil(W / stride), 4·features)."""
-        y = self.conv(self.features, (1, 1), strides=self.stride, name="conv1")(x)
+        first, second = (self.stride, 1) if self.stride_on == "conv1" else (1, self.stride)
+        y = self.conv(self.features, (1, 1), strides=first, name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.features, (3, 3), name="conv2")(y)
+        # SAME would pad even sizes on one side only; where nothing is skipped, it is the same.
+        padding = "SAME" if second == 1 else [(1, 1), (1, 1)]
+        y = self.conv(self.features, (3, 3), strides=second, padding=padding, name="conv2")(y)
         y = nn.relu(self.norm(name="norm2")(y))
         y = self.conv(4 * self.features, (1, 1), name="conv3")(y)
         y = self.norm(name="norm3")(y)

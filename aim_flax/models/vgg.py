@@ -13,15 +13,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_flax.errors import UsageError, check_choice
+from aim_flax.windows import window_means
 
-POOLINGS = ("flatten", "global")
+POOLINGS = ("flatten", "global", "grid")
+_GRID = 7
 
 
 class VGG(nn.Module):
     """VGG; by default the published VGG16 control.
 
-    Submodules: `stage<s>_conv<i>` (and `stage<s>_norm<i>`), `stage<s>_pool`, `norm`, `dense1`,
-    `dense2`, ..., `head`, all counted from 1.
+    Submodules: `stage<s>_conv<i>` (and `stage<s>_norm<i>`), `stage<s>_pool`, `norm` (if any),
+    `dense1`, `dense2`, ..., `head`, all counted from 1.
 
     Attributes:
       num_classes: width of the output.
@@ -29,7 +31,9 @@ class VGG(nn.Module):
       widths: features of the convolutions of each stage.
       dense_sizes: features of the dense layers in front of the head. Published: 4096, 4096.
       pooling: what the dense layers get of the last map: "flatten", every pixel, so that the
-        parameters fit one image size; "global", its mean.
+        parameters fit one image size; "global", its mean; "grid", every cell of a 7x7 grid, means
+        of the pixels there, as in torchvision: the same as "flatten" at 224 px.
+      dense_norm: whether a batch norm stands in front of the dense layers. Published: yes.
       batch_norm: whether a batch norm follows each convolution. Published: no.
       momentum, epsilon: of the batch norms.
       dtype: of the computation; None takes the inputs' and parameters' own, also for the logits.
@@ -41,6 +45,7 @@ class VGG(nn.Module):
     widths: Sequence[int] = (64, 128, 256, 512, 512)
     dense_sizes: Sequence[int] = (4096, 4096)
     pooling: str = "flatten"
+    dense_norm: bool = True
     batch_norm: bool = False
     momentum: float = 0.99
     epsilon: float = 1e-3
@@ -84,8 +89,11 @@ class VGG(nn.Module):
                     x = norm(name=f"stage{stage}_norm{i}")(x)
                 x = nn.relu(x)
             x = MaxPool(name=f"stage{stage}_pool")(x)
+        if self.pooling == "grid":
+            x = _grid(x)
         x = x.mean(axis=(1, 2)) if self.pooling == "global" else x.reshape(x.shape[0], -1)
-        x = norm(name="norm")(x)
+        if self.dense_norm:
+            x = norm(name="norm")(x)
         for i, features in enumerate(self.dense_sizes, start=1):
             x = nn.relu(
                 nn.Dense(features, kernel_init=he_normal, dtype=self.dtype, name=f"dense{i}")(x)
@@ -111,6 +119,14 @@ class VGG(nn.Module):
                 f"images of {height}x{width} px are too small for {stages} stages of VGG,"
                 f" expected at least {2**stages} px"
             )
+
+
+def _grid(x: jax.Array) -> jax.Array:
+    """Returns the means of a map's cells, (B, 7, 7, C)."""
+    if x.shape[1:3] == (_GRID, _GRID):
+        return x
+    rows, columns = (jnp.asarray(window_means(size, _GRID), x.dtype) for size in x.shape[1:3])
+    return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns)
 
 
 class MaxPool(nn.Module):

@@ -73,6 +73,11 @@ def _take_memory_away(config: ConfigDict) -> None:
 
 def _widen(config: ConfigDict, which: int, what: str) -> None:
     """Takes the memory away and widens the network until it has as much of `count(...)[which]`."""
+    if config.model.get("pretrained") is not None:
+        raise UsageError(
+            f"{config.name}:{config.arm} starts from {config.model.pretrained}, which fits no wider"
+            " network: derive it with --config.model.pretrained=None"
+        )
     goal = count(config)[which]
     config.memory = None
 
@@ -151,6 +156,8 @@ def _widths(config: ConfigDict) -> tuple[int, ...]:
         return (*model.widths, *model.dense_sizes)
     if model.name == "resnet":
         return stage_widths(model.width, model.stage_sizes)
+    if model.name == "efficientnet_lite":
+        return (model.stem_width, *model.widths, model.top_width)
     widths = model.get(_own_field(model))
     return tuple(widths) if isinstance(widths, Sequence) else (widths,)
 
@@ -176,6 +183,9 @@ def _set_widths(config: ConfigDict, widths: tuple[int, ...]) -> None:
             model.widths, model.dense_sizes = widths[:stages], widths[stages:]
         elif model.name == "resnet":
             model.width = widths
+        elif model.name == "efficientnet_lite":
+            model.stem_width, *stages, model.top_width = widths
+            model.widths = tuple(stages)
         else:
             field = _own_field(model)
             model[field] = widths if isinstance(model[field], Sequence) else widths[0]

@@ -36,6 +36,7 @@ from aim_flax.train.workdir import (
     dataset_label,
     differences,
     held,
+    is_begun,
     mark_diverged,
 )
 
@@ -222,6 +223,15 @@ def _experiments(
         _check_dataset(workdir, whole, experiment, other_images)
         for seed in arm.seeds:
             check_claim(_folder(workdir, name, seed), experiment.with_seed(seed).config)
+        groups = (workdir / _GROUPS / name).glob("*")
+        begun = {seed for group in groups for seed in unfinished_group(group)}
+        begun |= {seed for seed in arm.seeds if is_begun(_folder(workdir, name, seed))}
+        # What has begun needs the weights that it started from no more.
+        if not begun.issuperset(arm.seeds):
+            try:
+                experiment.pretrained()
+            except UsageError as error:
+                raise UsageError(f"arm {name}: {error}") from None
         if isinstance(experiment.dataset, InMemory):
             shared[images] = experiment.dataset
         experiments[name] = experiment

@@ -17,6 +17,8 @@ from aim_flax.config import override
 from aim_flax.data.dataset import Dataset, EvalBatches
 from aim_flax.data.fingerprint import changes
 from aim_flax.data.load import decode_if_small, open_dataset, with_classes
+from aim_flax.data.preprocessing import Preprocessing
+from aim_flax.data.scaling import scaling
 from aim_flax.devices import Devices
 from aim_flax.errors import UsageError
 from aim_flax.evaluate import effects, report
@@ -88,7 +90,7 @@ def _open(
         dataset_record.write(workdir, dataset.fingerprint)
     dataset = decode_if_small(dataset, config)
     devices = Devices(config.parallel, device_count)
-    batches = dataset.eval_batches(devices, split, config.eval.batch_size, config.data.scale)
+    batches = dataset.eval_batches(devices, split, config.eval.batch_size, scaling(config.data))
     variables = devices.replicate(restored.variables)
     other = {"new": changed.new, "gone": changed.gone} if changed else None
     return _Opened(restored, config, split, dataset, devices, batches, variables, other)
@@ -153,10 +155,10 @@ def evaluate_run(
         "at": at,
         "other_images": opened.other_images,
     }
-    scale = opened.config.data.scale
+    white = Preprocessing.of(opened.config.data).white
     with files.writing(workdir):
         report.write_evaluation(
-            workdir, f"{split}{suffix}", evaluation, opened.dataset, scale, context
+            workdir, f"{split}{suffix}", evaluation, opened.dataset, white, context
         )
         report.plot_confusion(
             workdir / f"confusion_{split}{suffix}.png",

@@ -17,14 +17,17 @@ from aim_flax.data.augment import check_options
 from aim_flax.data.balance import BALANCES, class_weights
 from aim_flax.data.dataset import Dataset, EvalBatches
 from aim_flax.data.load import decode_if_small, open_dataset, with_classes
+from aim_flax.data.scaling import scaling
 from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
 from aim_flax.evaluate.memory_use import memory_use
 from aim_flax.models.build import build_model, field_names, network_class
+from aim_flax.models.pretrained import Pretrained, read_pretrained, start_from
 from aim_flax.options import check_values
+from aim_flax.sources import check_network
 from aim_flax.train.optimizer import build_optimizer, build_schedule
-from aim_flax.train.step import TrainState, create_state, train_step
+from aim_flax.train.step import TrainState, create_state, train_step, variables_of
 
 
 class Experiment:
@@ -58,6 +61,7 @@ class Experiment:
           DataError: an image of a dataset that is decoded at once can't be read.
         """
         check_values(flatten(config))
+        check_network(config.model)
         check_choice("eval.select_on", config.eval.select_on, ("val", "test"))
         check_choice("train.balance", config.train.balance, BALANCES)
         self.devices = Devices(config.parallel, device_count)
@@ -85,7 +89,7 @@ class Experiment:
         self.train_batches = self.dataset.train_batches(
             self.devices,
             batch_size,
-            config.data.scale,
+            scaling(config.data),
             changes or None,
             balanced=config.train.balance == "sampling",
         )
@@ -126,10 +130,31 @@ class Experiment:
             self._programs[key] = build()
         return self._programs[key]
 
-    def initial_state(self) -> TrainState:
-        """Returns the state at step 0, numpy arrays."""
+    def pretrained(self) -> Pretrained | None:
+        """Reads the weights that training starts from; None: it starts from random ones.
+
+        Raises:
+          UsageError: they can't be had, or don't fit the network.
+        """
+        if self.config.model.get("pretrained") is None:
+            return None
+        plain = build_model(ConfigDict({**self.config, "memory": None}), axis_name=AXIS)
+        return read_pretrained(
+            self.config,
+            variables_of(abstract_state(self.config, plain)),
+            variables_of(self.abstract_state),
+        )
+
+    def initial_state(self, pretrained: Pretrained | None = None) -> TrainState:
+        """Returns the state at step 0, numpy arrays; `pretrained` is that of this config."""
         create = self.program(("initial_state",), self._initial_state)
-        return jax.tree.map(np.asarray, create(seed=self.config.seed))
+        state = jax.tree.map(np.asarray, create(seed=self.config.seed))
+        pretrained = pretrained or self.pretrained()
+        if pretrained is None:
+            return state
+        # The optimisers' own state does not depend on the parameters' values.
+        variables = start_from(variables_of(state), pretrained)
+        return state.replace(params=variables.pop("params"), model_state=variables)
 
     def _initial_state(self) -> Callable:
         # It runs once, and on CPU optimising its many random draws takes longer than it saves.
@@ -175,8 +200,9 @@ class Experiment:
                     images,
                     labels,
                     seed,
-                    AXIS,
-                    self.class_weights,
+                    axis_name=AXIS,
+                    class_weights=self.class_weights,
+                    freeze=self.config.train.get("freeze", ""),
                 )
 
             if length == 1:
@@ -203,7 +229,7 @@ class Experiment:
     def eval_batches(self, split: str) -> EvalBatches:
         """Returns the batches of a split, in its order."""
         return self.dataset.eval_batches(
-            self.devices, split, self.config.eval.batch_size, self.config.data.scale
+            self.devices, split, self.config.eval.batch_size, scaling(self.config.data)
         )
 
     def memory_probe(self, together: bool = False) -> Callable[[Any], dict[str, dict[str, Any]]]:
@@ -227,9 +253,7 @@ class Experiment:
     def probe_images(self) -> np.ndarray:
         """Returns the first selection batch, (at most eval.batch_size, H, W, C) float32."""
         split, count = self.config.eval.select_on, self.config.eval.batch_size
-        images = self.dataset.first_images(split, count).astype(np.float32)
-        images /= self.config.data.scale
-        return images
+        return scaling(self.config.data)(self.dataset.first_images(split, count))
 
 
 def abstract_state(config: ConfigDict, model: nn.Module) -> TrainState:

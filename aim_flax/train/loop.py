@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from aim_flax.console import Pace, Part, ProgressFile, Reporter
 from aim_flax.devices import any_process
 from aim_flax.errors import DataError, DivergenceError
-from aim_flax.files import read_json
+from aim_flax.files import read_json, write_json
 from aim_flax.train import dataset_record, report
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import Experiment
@@ -32,9 +32,11 @@ from aim_flax.train.signals import interruption, signals
 from aim_flax.train.step import TrainState, variables_of
 from aim_flax.train.summary import one_line, run_summary, write_results
 from aim_flax.train.workdir import (
+    PRETRAINED,
     PROGRESS,
     check_claim,
     claimed,
+    is_begun,
     is_finished,
     mark_diverged,
     raise_epochs,
@@ -88,6 +90,8 @@ def train(
     """
     config, summary = experiment.config, workdir / "summary.json"
     check_claim(workdir, config, more_epochs=True)
+    if not is_begun(workdir):
+        experiment.pretrained()  # raises before anything is written
     note = check_dataset(workdir, experiment, other_images)
     if note and not quiet:
         print(note, flush=True)
@@ -163,7 +167,10 @@ class Loop:
         self.checkpoints.set_aside_after(step)
         if found is None:
             self.progress = [Progress() for _ in self.runs]
-            initial = [run.initial_state() for run in self.runs]
+            pretrained = self.experiment.pretrained()
+            initial = [run.initial_state(pretrained) for run in self.runs]
+            if pretrained is not None:
+                self._note_start(pretrained.record)
             states = initial[0]
             if self.together:
                 states = jax.tree.map(lambda *leaves: np.stack(leaves), *initial)
@@ -173,6 +180,14 @@ class Loop:
         what = f"{len(self.runs)} seeds of {self.config.arm}" if self.together else self.workdirs[0]
         self.part.say(f"resuming {what} at step {step} of {self.experiment.total_steps}")
         return found.state, found.best or variables_of(found.state)
+
+    def _note_start(self, record: dict[str, Any]) -> None:
+        """Says which weights the runs start from, and writes it into their workdirs."""
+        head = ", with a new head" if record["new_head"] else ""
+        self.part.say(f"starting from {record['weights']} ({record['sha256'][:12]}){head}")
+        if jax.process_index() == 0:
+            for workdir in self.workdirs:
+                write_json(workdir / PRETRAINED, record)
 
     @property
     def alive(self) -> list[int]:

@@ -15,6 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from aim_flax.errors import UsageError, check_choice
+from aim_flax.train.freeze import freezing, rescaling
 
 SCHEDULES = ("constant", "cosine")
 # Those whose rates don't depend on the number of epochs, so that a run can have more of them later.
@@ -47,6 +48,8 @@ def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
 
     Its changes to the parameters of the memory itself, weight decay included, are multiplied by
     `config.memory.learning_rate_scale`: 0 freezes the memory, while reads and updates still learn.
+    Parts of the network have rates of their own by `config.train.rates`, or none by
+    `config.train.freeze`: see `freeze.py`.
 
     Raises:
       UsageError: an unknown optimiser, an option that this one does not take, or a negative scale.
@@ -64,9 +67,13 @@ def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
         raise UsageError(
             f"memory.learning_rate_scale is {scale!r}, expected a number of at least 0"
         )
-    if scale == 1:
-        return optimizer
-    return optax.chain(optimizer, optax.masked(optax.scale(scale), _of_memory))
+    if scale != 1:
+        optimizer = optax.chain(optimizer, optax.masked(optax.scale(scale), _of_memory))
+    if rates := config.train.get("rates", ()):
+        optimizer = optax.chain(optimizer, rescaling(rates))
+    if pattern := config.train.get("freeze", ""):
+        optimizer = freezing(optimizer, pattern)
+    return optimizer
 
 
 def _of_memory(params: Mapping[str, Any]) -> dict[str, bool]:

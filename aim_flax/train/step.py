@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import struct
 
 from aim_flax.keys import dropout_key, init_key, memory_key
+from aim_flax.train.freeze import frozen_norms
 
 
 class TrainState(struct.PyTreeNode):
@@ -66,6 +67,7 @@ def train_step(
     seed: jax.Array | int,
     axis_name: str | None = None,
     class_weights: jax.typing.ArrayLike | None = None,
+    freeze: str = "",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one step of gradient descent on the mean cross-entropy.
 
@@ -77,6 +79,7 @@ def train_step(
       seed: the run's.
       class_weights: (classes,) float32, what each example's cross-entropy is multiplied by; None:
         not done. The mean is over examples, not over weights, so devices can share a batch.
+      freeze: a pattern, see `freeze.frozen_norms`.
 
     Returns:
       The next state, and `loss` and `accuracy` of the whole batch, () float32, in training mode.
@@ -87,13 +90,14 @@ def train_step(
     }
 
     def loss_fn(params):
-        logits, model_state = model.apply(
-            {"params": params, **state.model_state},
-            images,
-            train=True,
-            mutable=list(state.model_state),
-            rngs=rngs,
-        )
+        with frozen_norms(freeze):
+            logits, model_state = model.apply(
+                {"params": params, **state.model_state},
+                images,
+                train=True,
+                mutable=list(state.model_state),
+                rngs=rngs,
+            )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         if class_weights is not None:
             losses *= jnp.asarray(class_weights, losses.dtype)[labels]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from aim_flax import files
+from aim_flax.data.preprocessing import Preprocessing
 from aim_flax.devices import union_size
 from aim_flax.evaluate.evaluation import Evaluation
 from aim_flax.evaluate.report import write_evaluation
@@ -84,8 +85,8 @@ def write_results(
         report.plot_memory_use(workdir / "memory_use.png", history, title)
     context = {"split": "test", "checkpoint": "best", "step": best_step}
     context |= {"memory": "keep", "at": ".*", "other_images": None}
-    scale = config.data.scale
-    write_evaluation(workdir, "test", test, experiment.dataset, scale, context)
+    white = Preprocessing.of(config.data).white
+    write_evaluation(workdir, "test", test, experiment.dataset, white, context)
     # Last but for the page that shows it, because it marks the run as finished.
     files.write_json(workdir / "summary.json", summary)
     write_page(workdir)

@@ -21,6 +21,8 @@ from aim_flax.files import read_json, write_json
 from aim_flax.train.optimizer import OPEN_ENDED
 
 LOCK = ".lock"
+# Which weights the run started from.
+PRETRAINED = "pretrained.json"
 CHANGES = "config_changes.json"
 # Keys that may change when a run continues, because its results so far don't depend on them: what
 # an image that can't be read is to do matters from the first one on, and each that was left out is
@@ -116,6 +118,11 @@ def check_claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) ->
             raise UsageError(f"{workdir} is a file, expected a directory")
         if any(not file.name.startswith(".") for file in workdir.iterdir()):
             raise UsageError(f"{workdir} is not empty and holds no run; choose another --workdir")
+
+
+def is_begun(workdir: Path) -> bool:
+    """Returns whether a run in the workdir has a checkpoint to go on from, or is finished."""
+    return (workdir / "summary.json").is_file() or bool(_checkpoints(workdir))
 
 
 def _has_begun(workdir: Path) -> bool:
