@@ -18,7 +18,7 @@ from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.progress import Progress
 from aim_flax.train.restore import restore_run
-from aim_flax.train.workdir import claim
+from aim_flax.train.workdir import claimed
 from tests.arrays import random_variables
 from tests.asserts import assert_equal
 
@@ -65,10 +65,10 @@ def write_run(config: ConfigDict, workdir: Path) -> None:
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     collections = {name: variables[name] for name in like.model_state}
     state = zeros.replace(params=variables["params"], model_state=collections)
-    claim(workdir, experiment.config)
-    dataset_record.write(workdir, experiment.dataset.fingerprint, experiment.epoch_steps)
-    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
-        checkpoints.save(0, dataclasses.asdict(Progress(best_step=0)), state)
+    with claimed(workdir, experiment.config):
+        dataset_record.write(workdir, experiment.dataset.fingerprint, experiment.epoch_steps)
+        with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+            checkpoints.save(0, dataclasses.asdict(Progress(best_step=0)), state)
 
 
 def write_own_network(folder: Path) -> int:

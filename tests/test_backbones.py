@@ -71,7 +71,7 @@ def test_submodule_names_are_the_papers():
         (ResNet(10, pointwise="dot"), "pointwise is 'dot', expected one of einsum, conv"),
         (
             VGG(10, pooling="globl"),
-            "pooling is 'globl', expected one of flatten, global (did you mean 'global'?)",
+            "pooling is 'globl', expected one of flatten, global, grid (did you mean 'global'?)",
         ),
         (VGG(10, widths=(8, 16)), "widths are (8, 16), expected one for each of 5 stages"),
         (VGG(10), "images of 64x31 px are too small for 5 stages of VGG, expected at least 32 px"),
