@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_flax.errors import UsageError
+from aim_flax.models.batch_norm import BatchNorm
 from aim_flax.models.depthwise import depthwise_taps
 
 # Of the seven stages: the depthwise kernels, their strides, and how much wider a block is inside.
@@ -74,7 +75,7 @@ class EfficientNetLite(nn.Module):
             conv_general_dilated=depthwise_taps,
         )
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.momentum,
             epsilon=self.epsilon,
