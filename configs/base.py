@@ -180,7 +180,7 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
         config.model.dropout = 0.2
         config.model.momentum = 0.99  # of the batch norms
         config.model.epsilon = 1e-3
-        config.memory.read = r"stage\d_block\d/(expand|project)"
+        config.memory.read = r"stage\d_block\d/expand"
         config.memory.update_after = r"stage[3-6]_block1"
 
     # None is left to optax. An optimiser refuses an option that it does not take.

@@ -25,6 +25,13 @@ SMALLER = {
         "model.width=4",
         "model.num_classes=5",
     ],
+    "image_folder_efficientnet": [
+        "model.pretrained=None",
+        "model.widths=(4,4,4,4,4,4,4)",
+        "model.stem_width=4",
+        "model.top_width=8",
+        "model.num_classes=5",
+    ],
     "stanford_dogs_vgg16": ["model.widths=(4,4,8,8,8)", "model.dense_sizes=(16,16)"],
 }
 MEMORY = {"digits_mlp": "(8,)"}

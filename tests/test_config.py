@@ -112,7 +112,7 @@ def test_base_has_every_option_with_its_default(model):
         fields = {field.name: field.default for c in classes for field in dataclasses.fields(c)}
         if AiM in classes:
             fields = {name: value for name, value in fields.items() if name not in OF_CALLERS}
-        keys = set(group) - {"name", "update_block", "learning_rate_scale"}
+        keys = set(group) - {"name", "pretrained", "update_block", "learning_rate_scale"}
         assert keys == fields.keys() - no_options
         for key in keys - set_here:
             assert group[key] == fields[key], key
@@ -122,8 +122,10 @@ def test_base_has_every_option_with_its_default(model):
 
 def test_base_has_the_values_of_before():
     """All but those that have changed since: none so far."""
-    started = base.start("name", "arm", "resnet")
-    values = configs.flatten(json.loads(configs.to_json(started)))
+    started = [base.start("name", "arm", model) for model in ("vgg", "resnet")]
+    values = {}
+    for config in started:
+        values |= configs.flatten(json.loads(configs.to_json(config)))
     assert {key: values[key] for key in configs.LEFT_OUT} == configs.LEFT_OUT
 
 
