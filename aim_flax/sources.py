@@ -116,7 +116,12 @@ def check_network(model: Mapping[str, Any]) -> None:
     if pretrained is None:
         return
     expected = source_of(pretrained, model["name"]).network
-    differing = {key: value for key, value in expected.items() if model.get(key) != value}
+    # The momentum tells how fast statistics follow, and may be another.
+    differing = {
+        key: value
+        for key, value in expected.items()
+        if key != "momentum" and model.get(key) != value
+    }
     if differing:
         found = ", ".join(f"model.{key} is {model.get(key)!r}" for key in differing)
         flags = " ".join(f"--config.model.{key}={value}" for key, value in differing.items())
