@@ -89,7 +89,9 @@ def frozen_norms(pattern: str) -> Iterator[None]:
     ) -> Any:
         module = context.module
         if isinstance(module, nn.BatchNorm) and context.method_name == "__call__":
-            own = module.variables.get("params", {})
+            params = module.variables.get("params", {})
+            # What is latched on to it lies below it.
+            own = [name for name, value in params.items() if not isinstance(value, Mapping)]
             path = "/".join(module.path)
             if own and all(frozen.fullmatch(f"{path}/{name}") for name in own):
                 if module.use_running_average is None:
