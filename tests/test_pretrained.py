@@ -1,5 +1,6 @@
 """Weights of others: the networks that they are of, and what does not fit."""
 
+import hashlib
 import json
 import sys
 import types
@@ -13,16 +14,23 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from aim_flax import build_model
+from aim_flax.config import override
 from aim_flax.models.pretrained import read_pretrained, start_from
 from aim_flax.models.torch_files import OLD
 from aim_flax.models.weights_files import read_arrays
 from aim_flax.models.weights_names import LAYOUTS
 from aim_flax.sources import SOURCES, source_of
+from aim_flax.study import run as ablation
+from aim_flax.study.controls import derive
+from aim_flax.study.plan import plan
+from aim_flax.train.experiment import Experiment
+from aim_flax.train.loop import run
 from tests import others
 from tests.arrays import KEY, random_variables
 from tests.asserts import assert_equal, refused
 from tests.others import KERAS, LITE, NETWORKS, TORCH, TORCH_V1, VGG
-from tests.runs import load
+from tests.processes import interrupted
+from tests.runs import DIGITS, assert_same_end, digits, load, read_json
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "standard_promotion")
 
@@ -312,6 +320,76 @@ def test_the_flag_sets_what_the_weights_expect():
     again = load("image_folder_efficientnet:control", ["model.pretrained=None"])
     assert again.model.pretrained is None
     assert again.data.mean == (127.0,) * 3
+
+
+@pytest.fixture
+def own(tmp_path):
+    """The weights of a network on digits, and the config of one that starts from them."""
+    file = tmp_path / "own.safetensors"
+    config = digits("control", *SHORT, f"model.pretrained=own:{file}")
+    variables = random_variables(build_model(digits("control", "model.num_classes=10")), PIXELS)
+    save_file(flatten_dict(variables, sep="/"), file)
+    return file, config, variables
+
+
+SHORT = ("train.epochs=2", "train.steps_per_call=5")
+PIXELS = np.ones((1, 8, 8, 1), np.float32)
+
+
+def test_a_run_starts_from_them_and_goes_on_without_them(own, tmp_path):
+    file, config, variables = own
+    for seed in (0, 1):
+        state = Experiment(override(config, [f"seed={seed}"]), 1).initial_state()
+        assert_equal(state.params, variables["params"])
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    run(config, whole, 1, quiet=True)
+    record = read_json(whole / "pretrained.json")
+    assert record == {
+        "weights": f"own:{file}",
+        "file": str(file),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "new_head": False,
+    }
+    with interrupted(24, "SIGTERM: saved at step"):
+        run(config, parted, 1, quiet=True)
+    file.unlink()
+    run(config, parted, 1, quiet=True)
+    assert_same_end(whole, parted)
+    with refused("there is no file"):
+        run(config, tmp_path / "fresh", 1, quiet=True)
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_several_seeds_start_from_them(own, tmp_path):
+    file, _, _ = own
+    asked = ["model.features=(16,16)", *SHORT, f"model.pretrained=own:{file}"]
+
+    def study(seeds):
+        planned = plan(DIGITS, ["control"], seeds, overrides=asked)
+        ablation.run(planned, tmp_path / "study", device_count=1, quiet=True)
+
+    study(2)
+    for seed in (0, 1):
+        assert read_json(tmp_path / "study" / "control" / str(seed) / "pretrained.json")["sha256"]
+    file.unlink()
+    study(2)
+    with refused("arm control: .*there is no file"):
+        study(3)
+    assert not (tmp_path / "study" / "control" / "2").exists()
+
+
+def test_a_network_that_they_are_not_of_is_refused(tmp_path):
+    config = load(
+        "image_folder_resnet50:control", ["model.pretrained=torchvision:w", "model.epsilon=1e-3"]
+    )
+    with refused(
+        exactly="model.epsilon is 0.001, but model.pretrained is 'torchvision:w': it needs"
+        " --config.model.epsilon=1e-05"
+    ):
+        Experiment(config, 1)
+    wider = load("image_folder_efficientnet:aim", ["model.num_classes=5"])
+    with refused("starts from efficientnet_lite0, which fits no wider network"):
+        derive(wider, "control_params")
 
 
 FETCHED = "timm/tiny.in1k"
