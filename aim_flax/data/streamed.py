@@ -133,13 +133,13 @@ class Streamed(dataset.Dataset):
         images."""
         check_choice("data.fit", fit, FITS)
         check_choice("data.on_error", on_error, ON_ERROR)
+        if not 0 < centre <= 1:
+            raise UsageError(f"data.centre is {centre}, expected a share above 0, at most 1")
         self.classes, self.shape, self.threads = dataset.classes, shape, threads
         self.sizes = {name: len(records) for name, records in dataset.splits.items()}
         # What can't be read is replaced in training and left out in evaluation.
         self.records = self.sizes
         self.skipped: dict[str, set[int]] = {name: set() for name in dataset.splits}
-        if not 0 < centre <= 1:
-            raise UsageError(f"data.centre is {centre}, expected a share above 0, at most 1")
         self._splits, self._fit, self._centre = dataset.splits, fit, centre
         self._stop = on_error == "stop"
         self._reasons: dict[tuple[str, int], str] = {}
