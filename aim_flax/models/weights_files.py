@@ -1,6 +1,7 @@
 """Arrays by name from files of weights: safetensors, Keras's HDF5, and what PyTorch writes."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from os import PathLike
 from typing import Any
@@ -24,14 +25,13 @@ def read_arrays(path: str | PathLike) -> dict[str, np.ndarray]:
     Raises:
       UsageError: the file is absent, damaged or something else, or what reads it is not installed.
     """
+    _check_file(path)
     try:
         with open(path, "rb") as file:
             start = file.read(len(OLD))
             if start.startswith((OLD, ZIP)):
                 file.seek(0)
                 return read_torch(file)
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error.strerror}") from None
     except TorchFileError as error:
@@ -39,6 +39,14 @@ def read_arrays(path: str | PathLike) -> dict[str, np.ndarray]:
     if start.startswith(_HDF5):
         return flatten_dict(read_keras_hdf5(path), sep="/")
     return _read_safetensors(path)
+
+
+def _check_file(path: str | PathLike) -> None:
+    """Raises UsageError for what is absent or no regular file: opening a pipe would wait forever."""
+    if not os.path.exists(path):
+        raise UsageError(f"there is no file {path}")
+    if not os.path.isfile(path):
+        raise UsageError(f"{path} is no file")
 
 
 def sha256(path: str | PathLike) -> str:
@@ -81,12 +89,11 @@ def read_keras_hdf5(path: str | PathLike) -> dict[str, dict[str, np.ndarray]]:
         raise UsageError(
             "reading Keras weights needs h5py: install the extra `keras` (aim_flax[keras])"
         ) from None
+    _check_file(path)
     try:
         with h5py.File(path) as file:
             group = file.get("model_weights", file)
             layers = {name: dict(_arrays(group[name])) for name in _names(group, "layer_names")}
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
     # What h5py raises depends on where the file is damaged.
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())

@@ -1,7 +1,8 @@
 """Evaluates a checkpoint of a run from its workdir alone: the work of eval.py."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class _Opened:
       variables: replicated.
       other_images: how many of the split's images are new to the run's split, and how many of that
         are gone; None if they are the run's own, or it is from before that was recorded.
+      record: whether the run is from before its images were recorded, and these are its own.
     """
 
     restored: Restored
@@ -49,6 +51,7 @@ class _Opened:
     batches: EvalBatches
     variables: dict[str, Any]
     other_images: dict[str, int] | None
+    record: bool
 
     def build(self, model: nn.Module | Choosable) -> Callable[[dict[str, Any]], Evaluation]:
         """Returns a function that evaluates a network with given variables added to the
@@ -85,15 +88,24 @@ def _open(
     changed = recorded and changes(recorded, dataset.fingerprint).get(split)
     if changed:
         print(f"not the images of the run: {dataset_record.described({split: changed})}")
-    elif recorded is None and not any(text.startswith("data.") for text in overrides):
-        # A run from before gets its record; but not of images that it may never have seen.
-        dataset_record.write(workdir, dataset.fingerprint)
     dataset = decode_if_small(dataset, config)
     devices = Devices(config.parallel, device_count)
     batches = dataset.eval_batches(devices, split, config.eval.batch_size, scaling(config.data))
     variables = devices.replicate(restored.variables)
     other = {"new": changed.new, "gone": changed.gone} if changed else None
-    return _Opened(restored, config, split, dataset, devices, batches, variables, other)
+    # Not of images that it may never have seen.
+    record = recorded is None and not any(text.startswith("data.") for text in overrides)
+    return _Opened(restored, config, split, dataset, devices, batches, variables, other, record)
+
+
+@contextmanager
+def _writing(workdir: Path, opened: _Opened) -> Iterator[None]:
+    """For the results of an evaluation that went well: the run's page is written again, too."""
+    with files.writing(workdir):
+        if opened.record:
+            dataset_record.write(workdir, opened.dataset.fingerprint)
+        yield
+        write_page(workdir)
 
 
 def _check_images(restored: Restored, config: ConfigDict) -> None:
@@ -156,7 +168,7 @@ def evaluate_run(
         "other_images": opened.other_images,
     }
     white = Preprocessing.of(opened.config.data).white
-    with files.writing(workdir):
+    with _writing(workdir, opened):
         report.write_evaluation(
             workdir, f"{split}{suffix}", evaluation, opened.dataset, white, context
         )
@@ -166,7 +178,6 @@ def evaluate_run(
             opened.classes,
             opened.title + altered,
         )
-        write_page(workdir)
     print(report.class_table(report.per_class(evaluation, opened.classes)))
     print(
         f"{_heading(workdir, opened, evaluation)}{altered}: loss {evaluation.loss:.4f}, accuracy"
@@ -207,11 +218,10 @@ def evaluate_interventions(
         "skipped": measured.keep.skipped,
         "other_images": opened.other_images,
     }
-    with files.writing(workdir):
+    with _writing(workdir, opened):
         report.write_effects(
             workdir / f"interventions_{split}", measured, context, opened.title + where
         )
-        write_page(workdir)
     print(f"{_heading(workdir, opened, measured.keep)}, with altered memory{where}:\n")
     print(report.effects_table(measured))
     return measured
@@ -243,9 +253,8 @@ def picture_memory(
         "step": restored.step,
         "other_images": opened.other_images,
     }
-    with files.writing(workdir):
+    with _writing(workdir, opened):
         written = pictures.write(workdir, notebooks, opened.classes, context, opened.title)
-        write_page(workdir)
     print(f"{workdir}, step {restored.step}, {len(notebooks.labels)} images: {', '.join(written)}")
 
 
