@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from aim_flax import config as configs
 from aim_flax.study.results import COLUMNS
+from aim_flax.train import dataset_record
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.progress import Progress
@@ -192,6 +193,7 @@ def _write_run(workdir: Path, config: ConfigDict) -> None:
 def _save(workdir: Path, config: ConfigDict, directory: Path | None) -> None:
     """Writes the checkpoint of a run that has not taken a step."""
     experiment = Experiment(config, 1)
+    dataset_record.write(workdir, experiment.dataset.fingerprint, experiment.epoch_steps)
     progress = dataclasses.asdict(Progress(best_step=0))
     checkpoints = Checkpoints(workdir / "checkpoints")
     checkpoints.save(0, progress, experiment.initial_state())
