@@ -90,13 +90,12 @@ COUNTS = {
     # stanford_dogs_resnet50:aim_stride2. Two memories of 1,024² + 1,024.
     "image_folder_resnet50:control": (25_557_032 - 2_049 * (1_000 - 81), 53_120),
     "image_folder_resnet50:aim_no_update": (23_674_001 + 4 * 388_352 + 2 * 1_049_600, 53_120),
-    # EfficientNet-Lite0 has 4,652,008 with 1,000 classes. A memory of 4·4·64 has 1 channel on maps
-    # of 64 and 32 px, 4 on those of 16, 16 on those of 8 and 64 on those of 4; reads of expand:
-    # 96 + 144 + 144 + 4·240 + 4·240 + 16·480·3 + 16·672·3 + 64·1152·4 = 352,512; updates 15,552 +
-    # 23,040 + 27,648 + 46,080 = 112,320.
+    # EfficientNet-Lite0 has 4,652,008 with 1,000 classes. A memory of 4·4·64 has 3 channels on maps
+    # of 20 px, 11 on those of 10 and 41 on those of 5; reads of expand in stages 4 to 7:
+    # 3·240 + 11·480·3 + 11·672·3 + 41·1152·4 = 227,664; updates 22,320 + 26,928 + 42,768 = 92,016.
     "image_folder_efficientnet:control": (4_652_008 - 1_281 * (1_000 - 81), 42_016),
-    "image_folder_efficientnet:aim_no_update": (3_474_769 + 352_512 + 1_024, 42_016),
-    "image_folder_efficientnet:aim": (3_474_769 + 352_512 + 1_024 + 112_320, 42_016 + 4 * 128),
+    "image_folder_efficientnet:aim_no_update": (3_474_769 + 227_664 + 1_024, 42_016),
+    "image_folder_efficientnet:aim": (3_474_769 + 227_664 + 1_024 + 92_016, 42_016 + 3 * 128),
     "image_folder_resnet50:aim": (23_674_001 + 4 * 388_352 + 2 * 1_049_600 + 429_120, 53_504),
 }
 
