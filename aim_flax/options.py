@@ -94,6 +94,8 @@ CONDITIONS: Mapping[str, Condition] = {
     "model.widths": _STAGES,
     "model.dense_sizes": _each("a width for each dense layer"),
     "model.stem_stride": _COUNT,
+    "model.stem_width": _COUNT,
+    "model.top_width": _COUNT,
     "model.momentum": _SHARE,
     "model.epsilon": _ABOVE_0,
     "memory.read": Condition("a pattern of the layers that read it", bool),

@@ -46,8 +46,11 @@ def copies(tmp_path, photographs, run):
     return copy, Path(shutil.copytree(run, tmp_path / "run"))
 
 
-def train_on(directory: Path, workdir: Path, quiet: bool = True, **options):
-    return loop.run(mlp(directory), workdir, 1, quiet, **options)
+def train_on(
+    directory: Path, workdir: Path, quiet: bool = True, other_images: bool = False, epochs: int = 1
+):
+    config = mlp(directory, f"train.epochs={epochs}")
+    return loop.run(config, workdir, 1, quiet, other_images)
 
 
 def test_the_record_has_classes_counts_and_a_mark_of_each_image(run, photographs):
@@ -142,6 +145,9 @@ def test_a_repaired_image_is_told_and_others_need_the_flag(capsys, copies):
     told, finished = capsys.readouterr().out.splitlines()
     assert told == f"{note} lacks 1"
     assert finished == f"{workdir} holds this run, finished"
+    assert read_json(workdir / "dataset.json") == before  # what it was trained on
+    train_on(copy, workdir, quiet=False, epochs=2)
+    assert capsys.readouterr().out.splitlines()[0] == told
     record = read_json(workdir / "dataset.json")
     del before["earlier"]
     assert record["earlier"] == [before]
@@ -154,12 +160,12 @@ def test_a_repaired_image_is_told_and_others_need_the_flag(capsys, copies):
     changed = "train has 1 new of 24 and lacks 1; val has 1 new of 7 and lacks 0"
     for _ in range(2):
         with refused(f"these classes: {changed}; --other-images trains on with those"):
-            train_on(copy, workdir)
+            train_on(copy, workdir, epochs=3)
     assert snapshot(workdir) == saved
-    train_on(copy, workdir, other_images=True)
+    train_on(copy, workdir, other_images=True, epochs=3)
     assert len(read_json(workdir / "dataset.json")["earlier"]) == 2
     after = snapshot(workdir)
-    train_on(copy, workdir)  # they are the run's own now
+    train_on(copy, workdir, epochs=3)  # they are the run's own now
     assert snapshot(workdir) == after
 
 

@@ -130,7 +130,7 @@ def test_what_is_in_the_files(run, tmp_path):
         assert {name: archive.read(name) for name in archive.namelist()} == contents
     saved = json.loads(contents["aim_network/network.json"])
     assert saved["classes"] == ["class0", "class1", "class2"]
-    assert saved["decoding"] == {"shape": [8, 8, 3], "fit": "crop"}
+    assert saved["decoding"] == {"shape": [8, 8, 3], "fit": "crop", "centre": 1.0}
     exported = jax.export.deserialize(bytearray(contents["aim_network/network.jax"]))
     assert exported.platforms == ("cpu", "cuda", "tpu")
     assert str(exported.in_avals[-1].shape) == "(b, 8, 8, 3)"

@@ -13,6 +13,9 @@ from tests.runs import load
 
 # Checked where they are used, with the memory's kind.
 ELSEWHERE = {
+    "data.mean",
+    "data.deviation",
+    "train.rates",
     "memory.shape",
     "memory.kernel_size",
     "memory.carry_rate",

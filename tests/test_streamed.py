@@ -264,8 +264,8 @@ def test_a_damaged_training_image_stops_each_start_and_may_then_be_left_out(tmp_
         saved = read_json(run / "config.json")
         assert saved["data"]["on_error"] == "skip"
         # In every other way it is still the run that it was.
-        with refused("another config, which differs in train.epochs "):
-            loop.run(configs.override(skipping, ["train.epochs=3"]), run, 1, quiet=True)
+        with refused("another config, which differs in train.batch_size "):
+            loop.run(configs.override(skipping, ["train.batch_size=4"]), run, 1, quiet=True)
     assert f"left out: {file} cannot be decoded" in capsys.readouterr().err
 
 

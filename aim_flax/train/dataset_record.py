@@ -11,6 +11,7 @@ from aim_flax import files
 from aim_flax.data.fingerprint import Change, Fingerprint, changes
 from aim_flax.data.load import open_dataset, with_classes
 from aim_flax.errors import UsageError
+from aim_flax.train.workdir import has_begun
 
 DATASET = "dataset.json"
 # Damaged files that were repaired: so few that the images are still the same.
@@ -19,12 +20,13 @@ _MOST_NAMED = 6
 
 
 def exists(workdir: Path) -> bool:
-    return (workdir / DATASET).is_file()
+    """Returns whether a run has its images recorded; a start that saved nothing is no run."""
+    return (workdir / DATASET).is_file() and has_begun(workdir)
 
 
 def read(workdir: Path) -> Fingerprint | None:
     """Returns the images of a workdir's run; None if it is from before this was recorded."""
-    if not exists(workdir):
+    if not (workdir / DATASET).is_file():
         return None
     content = files.read_json(workdir / DATASET)
     try:
@@ -76,8 +78,7 @@ def check(
       UsageError: the classes are others; the images are others, and that was not asked for; with
         them an epoch would have another number of batches than the run counts in.
     """
-    there = read(workdir)
-    if there is None:
+    if not exists(workdir) or (there := read(workdir)) is None:
         return None
     check_classes(workdir, there.classes, config, found.classes, "; choose another --workdir")
     changed = changes(there, found)
@@ -102,7 +103,7 @@ def write(workdir: Path, found: Fingerprint, epoch_steps: int | None = None) -> 
     if jax.process_index() != 0:
         return
     content: dict[str, Any] = found.to_json() | {"epoch_steps": epoch_steps, "earlier": []}
-    there = read(workdir)
+    there = read(workdir) if exists(workdir) else None
     if there is not None:
         if not changes(there, found):
             return

@@ -89,13 +89,15 @@ def train(
       part: reports on progress, where the run is part of longer work.
     """
     config, summary = experiment.config, workdir / "summary.json"
+    # Before the config, which may differ because of the images.
+    note = check_dataset(workdir, experiment, other_images)
     check_claim(workdir, config, more_epochs=True)
     if not is_begun(workdir):
         experiment.pretrained()  # raises before anything is written
-    note = check_dataset(workdir, experiment, other_images)
     if note and not quiet:
         print(note, flush=True)
-    if not is_finished(workdir, config):
+    # A finished run from before has no record of its images; one that has one keeps it.
+    if not is_finished(workdir, config) or not dataset_record.exists(workdir):
         own = claimed(workdir, config, more_epochs=True)
         with own, Reporter(experiment.total_steps, 0, quiet) as reporter:
             dataset_record.write(workdir, experiment.dataset.fingerprint, experiment.epoch_steps)

@@ -103,7 +103,7 @@ def check_claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) ->
     saved = workdir / "config.json"
     if saved.is_file():
         other = ConfigDict(read_json(saved))
-        changes = differences(other, config) if _has_begun(workdir) else ""
+        changes = differences(other, config) if has_begun(workdir) else ""
         if changes and more_epochs and _differing(other, config) == [EPOCHS]:
             _check_epochs(workdir, other, config)
         elif changes:
@@ -125,7 +125,7 @@ def is_begun(workdir: Path) -> bool:
     return (workdir / "summary.json").is_file() or bool(_checkpoints(workdir))
 
 
-def _has_begun(workdir: Path) -> bool:
+def has_begun(workdir: Path) -> bool:
     """Returns whether a run has saved anything."""
     results = ("metrics.csv", "summary.json", "diverged.json")
     return any((workdir / name).exists() for name in results) or bool(_checkpoints(workdir))
@@ -165,7 +165,7 @@ def _write_config(workdir: Path, config: ConfigDict) -> None:
     # The config first: if this process is killed, the workdir is still this run's.
     if not saved.is_file():
         files.write_text(saved, as_json)
-    elif (changes := differences(there := ConfigDict(read_json(saved)), config)) and not _has_begun(
+    elif (changes := differences(there := ConfigDict(read_json(saved)), config)) and not has_begun(
         workdir
     ):
         print(
