@@ -56,7 +56,9 @@ def alone(program: str, folder: Path, *argv: str) -> subprocess.CompletedProcess
 def run(tmp_path_factory, standard_promotion):
     folder = tmp_path_factory.mktemp("exported")
     photographs = write_folder(folder / "photographs", train=24, val=6, test=9, size=(12, 20))
-    write_run(mlp(photographs, "data.fit=crop", arm="aim"), folder / "run")
+    scaling = ("data.mean=(0.5,0.4,0.3)", "data.deviation=(0.9,1.2,1.1)")
+    config = mlp(photographs, "data.fit=crop", "data.centre=0.8", *scaling, arm="aim")
+    write_run(config, folder / "run")
     return folder / "run", sorted(photographs.glob("test/*/*"))
 
 
@@ -130,7 +132,7 @@ def test_what_is_in_the_files(run, tmp_path):
         assert {name: archive.read(name) for name in archive.namelist()} == contents
     saved = json.loads(contents["aim_network/network.json"])
     assert saved["classes"] == ["class0", "class1", "class2"]
-    assert saved["decoding"] == {"shape": [8, 8, 3], "fit": "crop", "centre": 1.0}
+    assert saved["decoding"] == {"shape": [8, 8, 3], "fit": "crop", "centre": 0.8}
     exported = jax.export.deserialize(bytearray(contents["aim_network/network.jax"]))
     assert exported.platforms == ("cpu", "cuda", "tpu")
     assert str(exported.in_avals[-1].shape) == "(b, 8, 8, 3)"

@@ -39,7 +39,9 @@ def photographs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, photographs, standard_promotion, quick_compile):
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    write_run(mlp(photographs, "data.fit=crop", arm="aim"), workdir)
+    scaling = ("data.mean=(0.5,0.4,0.3)", "data.deviation=(0.9,1.2,1.1)")
+    config = mlp(photographs, "data.fit=crop", "data.centre=0.8", *scaling, arm="aim")
+    write_run(config, workdir)
     return workdir
 
 
@@ -55,8 +57,9 @@ def test_predictions_are_those_of_the_evaluation(run, photographs, predictor):
         for file in (photographs / "test" / name).iterdir():
             prediction = predictor(file)
             confusion[i, predictor.classes.index(prediction.label)] += 1
-            pixels = load(file.read_bytes(), (8, 8, 3), fit="crop")
-            logits = predictor.model.apply(predictor.variables, pixels[None] / np.float32(255))
+            pixels = load(file.read_bytes(), (8, 8, 3), fit="crop", centre=0.8)
+            x = ((pixels / 255 - (0.5, 0.4, 0.3)) / (0.9, 1.2, 1.1)).astype(np.float32)
+            logits = predictor.model.apply(predictor.variables, x[None])
             expected = np.asarray(jax.nn.softmax(logits))[0]
             np.testing.assert_allclose(prediction.probabilities, expected, atol=1e-5)
             assert prediction.probability == prediction.probabilities.max()
