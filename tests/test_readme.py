@@ -28,6 +28,7 @@ STUDIES = {
     "digits_head": range(320, 350),
     "small_resnet_cifar10": range(10),
     "small_resnet_grocery": range(10),
+    "pretrained_grocery": range(5),
 }
 
 
@@ -64,10 +65,11 @@ def test_first_screen_says_what_the_committed_results_are():
     summary, rest = README.split("\n## Two commands\n")
     summary = " ".join(summary.split())
     assert "docs/method.svg" in summary
-    commands, table_of_runs = rest.split("<!-- results/")[:2]
+    commands, *tables = rest.split("<!-- results/")
     assert "python train.py" in commands
     assert "python -m pytest" in commands
-    assert "| `published` |" in table_of_runs
+    assert tables[0].startswith("pretrained_grocery.csv")
+    assert "| `published` |" in tables[1]
 
     def points(study, arm, reference):
         found = accuracies(study)
@@ -86,6 +88,10 @@ def test_first_screen_says_what_the_committed_results_are():
     p = ttest_rel(found["published"], found["published_no_update"]).pvalue
     writing = points(cifar10, "published", "published_no_update")
     assert f"adds {writing} points (p = {p:.2f})" in summary
+    found = accuracies("pretrained_grocery")
+    p = ttest_rel(found["aim"], found["control"]).pvalue
+    gain = 100 * (found["aim"] - found["control"]).mean()
+    assert f"({gain:+.1f} points, p = {p:.2f}, {len(found['aim'])} seeds)" in summary
 
 
 def test_committed_studies_are_of_whole_arms():

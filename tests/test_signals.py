@@ -171,6 +171,7 @@ def test_a_command_ends_with_one_line(work, command, signum, times, seconds):
     error = process.communicate(timeout=300)[1]
     if process.returncode in (0, 1, 2):
         return  # It was quicker than the signal, or there was nothing to download.
-    assert process.returncode == 128 + signum, error
+    # The second where it had said how it ended, and Python was going down: a shell sees the same.
+    assert process.returncode in (128 + signum, -signum), error
     # A run may have saved its state before the second one.
     assert 1 <= len(error.splitlines()) <= times, error
