@@ -27,6 +27,7 @@ SMALLER = {
     ],
     "image_folder_efficientnet": [
         "model.pretrained=None",
+        "model.stage_sizes=(1,1,1,1,1,1,1)",
         "model.widths=(4,4,4,4,4,4,4)",
         "model.stem_width=4",
         "model.top_width=8",
