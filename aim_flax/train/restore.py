@@ -9,7 +9,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from aim_flax.files import read_json
-from aim_flax.models.build import build_model
+from aim_flax.models.build import build_model, trained
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import abstract_state
 
@@ -47,5 +47,5 @@ def restore_run(workdir: str | Path, checkpoint: str | int = "best") -> Restored
     model = build_model(config)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     with contextlib.closing(checkpoints):
-        variables, step = checkpoints.variables(checkpoint, abstract_state(config, model))
+        variables, step = checkpoints.variables(checkpoint, abstract_state(config, trained(model)))
     return Restored(config, model, variables, step)

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from aim_flax.data.preprocessing import Preprocessing
 from aim_flax.errors import DataError, UsageError
+from aim_flax.models.build import trained
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,11 +82,11 @@ class Predictor:
         classes: Sequence[str],
         step: int = 0,
     ):
-        self.config, self.model, self.variables = config, model, variables
+        self.config, self.model, self.variables = config, trained(model), variables
         self.classes, self.step = tuple(classes), step
         self.preprocessing = Preprocessing.of(config.data)
         self.shape = tuple(config.data.image_shape)
-        self._call = jax.jit(probabilities(model, self.preprocessing))
+        self._call = jax.jit(probabilities(self.model, self.preprocessing))
         self._on_device = jax.device_put(variables)
 
     @classmethod
