@@ -152,5 +152,5 @@ def _check_kernels(memory: Memory, update: MemoryUpdate) -> None:
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """Returns a network of a run: that its memory follows the batch was seen when it was trained."""
+    """Returns a run's network: that its memory follows the batch was seen in training."""
     return model.clone(check_batch=False) if isinstance(model, AiM) else model

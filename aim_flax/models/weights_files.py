@@ -42,7 +42,7 @@ def read_arrays(path: str | PathLike) -> dict[str, np.ndarray]:
 
 
 def _check_file(path: str | PathLike) -> None:
-    """Raises UsageError for what is absent or no regular file: opening a pipe would wait forever."""
+    """Raises UsageError for what is absent or no regular file: a pipe would be waited for."""
     if not os.path.exists(path):
         raise UsageError(f"there is no file {path}")
     if not os.path.isfile(path):
