@@ -32,11 +32,11 @@ from aim_flax.train.loop import check_dataset
 from aim_flax.train.together import check_together, train_together, unfinished_group
 from aim_flax.train.workdir import (
     PROGRESS,
+    can_go_on,
     check_claim,
     dataset_label,
     differences,
     held,
-    is_begun,
     mark_diverged,
 )
 
@@ -225,7 +225,7 @@ def _experiments(
             check_claim(_folder(workdir, name, seed), experiment.with_seed(seed).config)
         groups = (workdir / _GROUPS / name).glob("*")
         begun = {seed for group in groups for seed in unfinished_group(group)}
-        begun |= {seed for seed in arm.seeds if is_begun(_folder(workdir, name, seed))}
+        begun |= {seed for seed in arm.seeds if can_go_on(_folder(workdir, name, seed))}
         # What has begun needs the weights that it started from no more.
         if not begun.issuperset(arm.seeds):
             try:

@@ -34,9 +34,9 @@ from aim_flax.train.summary import one_line, run_summary, write_results
 from aim_flax.train.workdir import (
     PRETRAINED,
     PROGRESS,
+    can_go_on,
     check_claim,
     claimed,
-    is_begun,
     is_finished,
     mark_diverged,
     raise_epochs,
@@ -92,7 +92,7 @@ def train(
     # Before the config, which may differ because of the images.
     note = check_dataset(workdir, experiment, other_images)
     check_claim(workdir, config, more_epochs=True)
-    if not is_begun(workdir):
+    if not can_go_on(workdir):
         experiment.pretrained()  # raises before anything is written
     if note and not quiet:
         print(note, flush=True)

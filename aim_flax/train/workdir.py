@@ -120,15 +120,16 @@ def check_claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) ->
             raise UsageError(f"{workdir} is not empty and holds no run; choose another --workdir")
 
 
-def is_begun(workdir: Path) -> bool:
+def can_go_on(workdir: Path) -> bool:
     """Returns whether a run in the workdir has a checkpoint to go on from, or is finished."""
     return (workdir / "summary.json").is_file() or bool(_checkpoints(workdir))
 
 
 def has_begun(workdir: Path) -> bool:
     """Returns whether a run has saved anything."""
-    results = ("metrics.csv", "summary.json", "diverged.json")
-    return any((workdir / name).exists() for name in results) or bool(_checkpoints(workdir))
+    return can_go_on(workdir) or any(
+        (workdir / name).exists() for name in ("metrics.csv", "diverged.json")
+    )
 
 
 def _checkpoints(workdir: Path) -> list[str]:
