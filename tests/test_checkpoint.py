@@ -1,15 +1,18 @@
 """Checkpoints: what is kept, and what happens to damaged ones."""
 
+import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from aim_flax.errors import UsageError
 from aim_flax.train import loop, restore
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.step import TrainState, variables_of
-from tests.asserts import refused
+from tests.asserts import assert_equal, refused
 from tests.runs import assert_same_end, digits
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
@@ -125,6 +128,70 @@ def test_any_file_cut_short_is_noticed_or_makes_no_difference(tmp_path, capfd):
         assert found.progress == progress(value, 1)
     assert fallen_back >= 3
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_bit_that_changes_is_noticed_or_makes_no_difference(tmp_path):
+    """1,000 one-bit flips in all files of a checkpoint."""
+    rng, noticed = np.random.default_rng(0), []
+    saved = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state(0))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, progress(2, 1), saved, variables_of(state(1)))
+    checkpoints.wait()
+    expected = checkpoints.restore(2, saved)
+    checkpoints.close()
+    files = sorted(filter(Path.is_file, (tmp_path / "2").rglob("*")))
+    sizes = np.array([file.stat().st_size for file in files])
+    for i in range(1000):
+        # Half of them by size, and half in each file alike, for a few have most bytes.
+        file = rng.choice(files, p=sizes / sizes.sum() if i % 2 else None)
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        file.write_bytes(flipped)
+        try:
+            checkpoints = Checkpoints(tmp_path, read_only=True)
+            found = checkpoints.restore(2, state(0))
+        except UsageError as error:
+            noticed.append(str(error))
+        else:
+            assert found.is_checked
+            assert_equal((found.state, found.best), (saved, expected.best))
+            assert found.progress == expected.progress
+        finally:
+            checkpoints.close()
+            file.write_bytes(content)
+    assert len(noticed) > 500
+    told = re.compile("the checkpoint of step 2 (cannot be read: |is damaged: )")
+    assert all(told.match(message) for message in noticed)
+
+
+def test_a_number_that_was_not_saved_is_named(tmp_path):
+    """Orbax takes any that can be read, here those of another run."""
+    save(tmp_path / "run", [1, 1]).close()
+    save(tmp_path / "other", [1, 1, 1]).close()
+    shutil.rmtree(tmp_path / "run" / "2" / "state")
+    shutil.copytree(tmp_path / "other" / "3" / "state", tmp_path / "run" / "2" / "state")
+    checkpoints = Checkpoints(tmp_path / "run", read_only=True)
+    with refused(r"the checkpoint of step 2 is damaged: its state.params\['kernel'\] is not what"):
+        checkpoints.restore(2, state(0))
+    shutil.rmtree(tmp_path / "run" / "2" / "best")
+    with refused("the checkpoint of step 2 is damaged: the list of its digests is not what"):
+        checkpoints.restore(2, state(0))
+    found, messages = checkpoints.latest(state(0))
+    assert (found.step, found.note, len(messages)) == (1, None, 1)
+    checkpoints.close()
+
+
+def test_a_checkpoint_from_before_digests_is_taken_with_a_note(tmp_path, capsys):
+    save(tmp_path, [1]).close()
+    shutil.rmtree(tmp_path / "1" / "digests")
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    variables, step = checkpoints.variables("latest", state(0))
+    assert value_of(variables) == step == 1
+    assert capsys.readouterr().out.startswith("the checkpoint of step 1 has no digests, ")
+    checkpoints.close()
 
 
 @pytest.mark.slow

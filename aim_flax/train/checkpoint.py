@@ -17,11 +17,13 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from aim_flax.errors import UsageError
+from aim_flax.train.digest import DigestRestore, DigestSave, changed
 from aim_flax.train.step import TrainState, variables_of
 
 # Two, so that there is one to go back to if the last is damaged.
 _KEEP_LATEST = 2
 _SET_ASIDE = "set-aside-"
+_DIGESTS = "digests"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +36,25 @@ class Checkpoint:
         finite.
       best: the variables of the best epoch so far; None before the first epoch has ended.
       progress: JSON; its `best_step` is the step of `best`, or None.
+      is_checked: whether all of it is known to be what was saved; checkpoints of earlier versions
+        have no digests.
     """
 
     step: int
     state: TrainState | None
     best: dict[str, Any] | None
     progress: dict[str, Any]
+    is_checked: bool
+
+    @property
+    def note(self) -> str | None:
+        """What users should know of it, or None."""
+        if self.is_checked:
+            return None
+        return (
+            f"the checkpoint of step {self.step} has no digests, by which damage is noticed: an"
+            " earlier version wrote it"
+        )
 
 
 class Checkpoints:
@@ -81,13 +96,16 @@ class Checkpoints:
           step, progress, state, best: as in `Checkpoint`; `best` may be left out if it is the
             network of the state.
         """
-        trees = {"state": state, "best": best}
-        items = {
-            name: ocp.args.StandardSave(jax.tree.map(np.asarray, tree))
-            for name, tree in trees.items()
+        trees = {
+            name: jax.tree.map(np.asarray, tree)
+            for name, tree in {"state": state, "best": best}.items()
             if tree is not None
         }
-        arguments = ocp.args.Composite(**items, progress=ocp.args.JsonSave(progress))
+        arguments = ocp.args.Composite(
+            **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
+            progress=ocp.args.JsonSave(progress),
+            digests=DigestSave({**trees, "progress": progress}),
+        )
         if step in self.steps:
             self.wait()
             self.set_aside_after(step - 1)
@@ -97,7 +115,8 @@ class Checkpoints:
         """Returns the checkpoint of a step, with the structure, shapes and dtypes of `like`.
 
         Raises:
-          UsageError: there is no checkpoint of that step, or it cannot be read.
+          UsageError: there is no checkpoint of that step, or it cannot be read, or is not what was
+            saved.
         """
         if step not in self.steps:
             raise UsageError(f"no checkpoint of step {step} in {self._directory}")
@@ -108,21 +127,30 @@ class Checkpoints:
             for name, tree in trees.items()
             if (self._directory / str(step) / name).is_dir()
         }
+        # Earlier versions wrote none.
+        has_digests = (self._directory / str(step) / _DIGESTS).is_dir()
+        if has_digests:
+            items[_DIGESTS] = DigestRestore()
         arguments = ocp.args.Composite(**items, progress=ocp.args.JsonRestore())
         try:
             with _quiet():
-                restored = self._manager.restore(step, args=arguments)
+                restored = dict(self._manager.restore(step, args=arguments).items())
         except Exception as error:  # Orbax and tensorstore raise many kinds on damaged files.
             reason = " ".join(str(error).split())[:120]
             raise UsageError(f"the checkpoint of step {step} cannot be read: {reason}") from error
+        written = restored.pop(_DIGESTS, None)
+        if has_digests and (part := changed(restored, written)):
+            raise UsageError(
+                f"the checkpoint of step {step} is damaged: {part} is not what was saved"
+            )
         state, best = restored.get("state"), restored.get("best")
-        best_step = restored.progress["best_step"]
+        best_step = restored["progress"]["best_step"]
         if best is None and best_step == step:
             best = variables_of(state)
         elif best is None and best_step is not None:
             # An earlier version: the best network has a checkpoint of its own.
             best = self.restore(best_step, like).best
-        return Checkpoint(step, state, best, restored.progress)
+        return Checkpoint(step, state, best, restored["progress"], has_digests)
 
     def latest(self, like: TrainState, needs: str = "state") -> tuple[Checkpoint | None, list[str]]:
         """Returns the latest readable checkpoint that has what is needed, or None if there is none,
@@ -196,6 +224,8 @@ class Checkpoints:
                     f"no checkpoint of step {which} in {self._directory}; there: {there}"
                 )
             return of_best[int(which)].best, int(which)
+        if note := found.note:
+            print(note, flush=True)
         if which == "best" or found.state is None:
             return found.best, found.progress["best_step"]
         return variables_of(found.state), found.step

@@ -180,6 +180,8 @@ class Loop:
         of_runs = found.progress["runs"] if self.together else [found.progress]
         self.progress = [Progress(**of_run) for of_run in of_runs]
         what = f"{len(self.runs)} seeds of {self.config.arm}" if self.together else self.workdirs[0]
+        if note := found.note:
+            self.part.say(note)
         self.part.say(f"resuming {what} at step {step} of {self.experiment.total_steps}")
         return found.state, found.best or variables_of(found.state)
 
