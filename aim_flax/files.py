@@ -2,10 +2,10 @@
 
 import contextlib
 import csv
+import functools
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,26 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yields a file to write, which becomes `path` at the end."""
-    # Named for this write alone: another process may be writing the same file.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    # Of this write alone: another process may be writing the same file. And made anew, so that no
+    # link that someone put there leads the content elsewhere.
+    descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
     try:
+        # mkstemp lets no one else read it; a file that is opened to be written follows the umask.
+        os.fchmod(descriptor, 0o666 & ~_umask())
+        os.close(descriptor)
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _umask() -> int:
+    """Returns the process's umask, which can be read only by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager

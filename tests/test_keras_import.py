@@ -13,9 +13,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from aim_flax.cli.keras_import import main
+from aim_flax.models.keras_files import read_keras_hdf5
 from aim_flax.models.keras_weights import split_reads, variables_from_keras
 from aim_flax.models.resnet import ResNet
-from aim_flax.models.weights_files import read_keras_hdf5
 from aim_flax.train.restore import restore_run
 from tests.arrays import shapes_of
 from tests.asserts import assert_equal, fails, refused
@@ -248,6 +248,109 @@ def group_for_array(path):
     no_dataset(path)
     with h5py.File(path, "a") as file:
         file.create_group("conv1/conv1/bias:0")
+
+
+KERNEL = "conv1/conv1/kernel:0"
+
+
+def replaced(path, put):
+    """Writes weights, and something else in place of a kernel, into another file beside it."""
+    write_hdf5(path.with_name("other.h5"))
+    write_hdf5(path)
+    path.with_name("secret").write_bytes(bytes(range(48)))
+    with h5py.File(path, "a") as file:
+        del file[KERNEL]
+        put(file, path.parent)
+
+
+def linked(path):
+    def put(file, folder):
+        file[KERNEL] = h5py.ExternalLink(folder / "other.h5", KERNEL)
+
+    replaced(path, put)
+
+
+def linked_layer(path):
+    def put(file, folder):
+        del file["conv1"]
+        file["conv1"] = h5py.ExternalLink(folder / "other.h5", "conv1")
+
+    replaced(path, put)
+
+
+def linked_whole(path):
+    with h5py.File(path, "w") as file:
+        write_hdf5(path.with_name("other.h5"))
+        file["model_weights"] = h5py.ExternalLink(path.with_name("other.h5"), "/")
+
+
+def soft_link(path):
+    def put(file, folder):
+        file["conv1/elsewhere"] = np.zeros((1, 1, 3, 4), np.float32)
+        file[KERNEL] = h5py.SoftLink("/conv1/elsewhere")
+
+    replaced(path, put)
+
+
+def stored_elsewhere(path):
+    def put(file, folder):
+        place = [(str(folder / "secret"), 0, 48)]
+        file.create_dataset(KERNEL, (1, 1, 3, 4), np.float32, external=place)
+
+    replaced(path, put)
+
+
+def virtual(path):
+    def put(file, folder):
+        layout = h5py.VirtualLayout((1, 1, 3, 4), np.float32)
+        layout[:] = h5py.VirtualSource(folder / "other.h5", KERNEL, (1, 1, 3, 4))
+        file.create_virtual_dataset(KERNEL, layout)
+
+    replaced(path, put)
+
+
+def declared_only(path):
+    def put(file, folder):
+        file.create_dataset(KERNEL, (10**6, 10**6), np.float32, chunks=(64, 64), fillvalue=1)
+
+    replaced(path, put)
+
+
+def compressed_to_nothing(path):
+    def put(file, folder):
+        file.create_dataset(KERNEL, (10**6, 10**6), np.float32, chunks=True, compression="gzip")
+
+    replaced(path, put)
+
+
+def text(path):
+    def put(file, folder):
+        file[KERNEL] = ["not", "numbers"]
+
+    replaced(path, put)
+
+
+ELSEWHERE = [linked, linked_layer, linked_whole, soft_link, stored_elsewhere, virtual]
+TOO_LARGE = [declared_only, compressed_to_nothing, text]
+
+
+@pytest.mark.parametrize("write", [*ELSEWHERE, *TOO_LARGE])
+def test_nothing_outside_the_file_is_read_and_no_more_than_it_holds(tmp_path, write):
+    path = tmp_path / "weights.h5"
+    write(path)
+    expected = r"is a link$|in another file$|but holds \d+ bytes$|is no array of numbers$"
+    with refused(f"^{path} holds no weights .*({expected})"):
+        read_keras_hdf5(path)
+
+
+def test_compressed_weights_are_read(tmp_path):
+    def put(file, folder):
+        kernel = WEIGHTS["conv1"]["kernel"].astype(np.float32)
+        file.create_dataset(KERNEL, data=kernel, compression="gzip")
+
+    replaced(tmp_path / "weights.h5", put)
+    found = read_keras_hdf5(tmp_path / "weights.h5")["conv1"]["kernel"]
+    np.testing.assert_array_equal(found, WEIGHTS["conv1"]["kernel"])
 
 
 @pytest.mark.parametrize("write", [truncated, no_hdf5, keras_3, no_dataset, group_for_array])

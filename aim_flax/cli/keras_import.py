@@ -18,8 +18,8 @@ from aim_flax import config as configs
 from aim_flax.console import CommandParser, as_command, folder, parse_with_overrides
 from aim_flax.errors import UsageError
 from aim_flax.models.build import build_model
+from aim_flax.models.keras_files import read_keras_hdf5
 from aim_flax.models.keras_weights import variables_from_keras
-from aim_flax.models.weights_files import read_keras_hdf5
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import abstract_state
 from aim_flax.train.progress import Progress

@@ -4,6 +4,7 @@ import io
 import math
 import struct
 import warnings
+import zlib
 
 import cv2
 import numpy as np
@@ -15,7 +16,14 @@ cv2.setNumThreads(0)
 # Between its limit and twice that, Pillow would only warn.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 _BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
-_MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+# No image costs more memory than this while it is decoded.
+MOST_BYTES = 256 << 20
+# What decoding by Pillow costs per pixel, measured; palettes, 16 bits and inks go through copies.
+_PIXEL_BYTES, _OTHER_PIXEL_BYTES = 12, 18
+_PLAIN_MODES = ("1", "L", "LA", "RGB", "RGBA")
+# By name: Pillow would try all that it has, and its EPS, for one, starts another program.
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI")
+_FORMATS += ("TGA", "TIFF", "WEBP")
 
 # Top, left, height and width, as shares of the image.
 Region = tuple[float, float, float, float]
@@ -35,6 +43,13 @@ _UPRIGHT = {
 _TRANSPOSED = (5, 6, 7, 8)
 _EXIF = b"Exif\0\0"
 _JPEG, _START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
+# Markers of frames, and of those that come in several scans (ITU-T T.81, table B.1).
+_FRAMES, _PROGRESSIVE = (0xFFC0, 0xFFC1, 0xFFC2, 0xFFC9, 0xFFCA), (0xFFC2, 0xFFCA)
+# PNG: channels by colour type; first column and row, and steps, of the passes of an interlaced one
+# (PNG specification, third edition, 11.2.1 and 8.1).
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4))
+_PNG_PASSES += ((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
 class ImageError(ValueError):
@@ -72,8 +87,8 @@ def load(
       (H, W, C) uint8.
 
     Raises:
-      ImageError: truncated, empty, of more pixels than Pillow's limit (about 89 million), or
-        otherwise no image.
+      ImageError: truncated, empty, without some of its rows, so large that it would cost over
+        `MOST_BYTES`, or otherwise no image.
     """
     height, width, _ = shape
     try:
@@ -106,7 +121,7 @@ def header(encoded: bytes) -> tuple[str, int, int]:
             name, (height, width, _, _) = "JPEG", simplejpeg.decode_jpeg_header(encoded)
             orientation = _jpeg_orientation(encoded)
         else:
-            with Image.open(io.BytesIO(encoded)) as image:
+            with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
                 name, (width, height) = image.format, image.size
                 orientation = _orientation(image.info.get("exif", b""))
     except _FAILURES as error:
@@ -119,8 +134,6 @@ def _decode_jpeg(
 ) -> np.ndarray:
     """Returns all pixels, upright, halved within the decoder as `load` says."""
     height, width, color, _ = simplejpeg.decode_jpeg_header(encoded)
-    if height * width > _MAX_PIXELS:
-        raise Image.DecompressionBombError
     orientation = _jpeg_orientation(encoded)
     upright = (width, height) if orientation in _TRANSPOSED else (height, width)
     rows, columns = _slices(upright, shape, region, fit, centre)
@@ -128,6 +141,10 @@ def _decode_jpeg(
     # The decoder's inverse DCT is quick at 1/2, 1/4 and 1/8 only.
     factor = 2 ** min(3, int(math.log2(max(1.0, ratio))))
     inks = color in ("CMYK", "YCCK")
+    # The decoder keeps all coefficients, of 2 bytes, of an image that comes in several scans.
+    kept = height * width * (8 if inks else 6) if _is_progressive(encoded) else 0
+    decoded = math.ceil(height / factor) * math.ceil(width / factor)
+    _check_cost(kept + decoded * (_OTHER_PIXEL_BYTES if inks else 6), height * width)
     pixels = simplejpeg.decode_jpeg(
         encoded,
         "CMYK" if inks else "GRAY" if shape[2] == 1 else "RGB",
@@ -145,19 +162,62 @@ def _decode_jpeg(
 
 def _decode_other(encoded: bytes, channels: int) -> np.ndarray:
     """Returns all pixels, upright."""
-    with Image.open(io.BytesIO(encoded)) as image:
+    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+        size = math.prod(image.size)
+        each = _PIXEL_BYTES if image.mode in _PLAIN_MODES else _OTHER_PIXEL_BYTES
+        _check_cost(each * size, size)
         # PNG may have its EXIF data after the pixels.
         image.load()
+        if image.format == "PNG":
+            _check_rows(image, encoded)
         orientation = _orientation(image.info.get("exif", b""))
         if image.mode.startswith("I"):
             # Pillow would clip 16 bits at 255.
-            grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            image = Image.fromarray(grey)
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         elif image.mode == "P":
             # Pillow warns when palettes with transparency become RGB directly.
             image = image.convert("RGBA")
         pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels
+
+
+def _check_cost(cost: int, pixels: int) -> None:
+    if cost > MOST_BYTES:
+        raise ImageError(f"has {pixels:,} pixels, too many to decode in {MOST_BYTES >> 20} MiB")
+
+
+def _check_rows(image: Image.Image, encoded: bytes) -> None:
+    """Raises OSError for a decoded PNG whose data end early: Pillow leaves the other rows black."""
+    width, height, bits, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", encoded, 16)
+    last = image.crop((0, height - 1, width, height))
+    if not interlaced and last.getbbox(alpha_only=False):
+        return
+    expected = 0
+    for left, top, across, down in _PNG_PASSES if interlaced else ((0, 0, 1, 1),):
+        columns, rows = math.ceil((width - left) / across), math.ceil((height - top) / down)
+        if columns > 0 and rows > 0:
+            # A byte for the filter, before each row.
+            expected += rows * (1 + math.ceil(columns * bits * _PNG_CHANNELS[color] / 8))
+    found, place, inflate = 0, 8, zlib.decompressobj()
+    while place + 8 <= len(encoded):
+        length, kind = struct.unpack_from(">I4s", encoded, place)
+        rest = encoded[place + 8 : place + 8 + length] if kind == b"IDAT" else b""
+        while rest:
+            found += len(inflate.decompress(rest, 1 << 20))
+            rest = inflate.unconsumed_tail
+        place += 12 + length
+    if found < expected:
+        raise OSError(f"{1 - found / expected:.0%} of its pixels are missing")
+
+
+def _is_progressive(encoded: bytes) -> bool:
+    place = len(_JPEG)
+    while place + 4 <= len(encoded):
+        marker, length = struct.unpack_from(">HH", encoded, place)
+        if marker in _FRAMES:
+            return marker in _PROGRESSIVE
+        place += 2 + length
+    return False
 
 
 def _jpeg_orientation(encoded: bytes) -> int:
@@ -211,8 +271,10 @@ def _slices(
 def _reason(encoded: bytes, error: Exception) -> str:
     if not encoded:
         return "is empty"
+    if isinstance(error, ImageError):
+        return str(error)
     if isinstance(error, _BOMBS):
-        return f"has more than {_MAX_PIXELS:,} pixels"
+        return f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     if isinstance(error, UnidentifiedImageError):
         return "is no image of a known format"
     return f"cannot be decoded: {str(error).removesuffix('.')}"
