@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from aim_flax.data.images import ImageError, header, load
+from aim_flax.data.images import MOST_BYTES, ImageError, header, load
 from tests.asserts import refused
 from tests.photos import encode
 
@@ -252,6 +252,95 @@ def test_sizes_that_no_image_has(of_size):
     for size in ((10_000, 10_000), (60_000, 60_000)):
         with pytest.raises(ImageError, match="^has more than 89,478,485 pixels$"):
             load(of_size(*size), SHAPE)
+
+
+def png(rows: int, interlaced: bool = False) -> bytes:
+    """A PNG of 60x80 whose last row is red, of which only the first rows are there."""
+    pixels = picture()
+    pixels[-1] = (255, 0, 0)
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2)]
+    passes = [*passes, (1, 0, 2, 1)] if interlaced else [(0, 0, 1, 1)]
+    lines = [line for top, left, *by in passes for line in pixels[top :: by[0], left :: by[1]]]
+    data = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines[:rows]))
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + crc
+
+    size = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, interlaced)
+    parts = chunk(b"IHDR", size) + chunk(b"IDAT", data[:100]) + chunk(b"IDAT", data[100:])
+    return b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_pngs_that_end_early_are_damaged(interlaced):
+    """Whole in all but their pixels: what Pillow, which leaves the other rows black, lets pass."""
+    everything = 10**6
+    whole = load(png(everything, interlaced), SHAPE)
+    np.testing.assert_array_equal(whole[:-1], picture()[:-1])
+    for rows in (1, 20, 59):
+        message = r"^cannot be decoded: \d+% of its pixels are missing$"
+        with refused(message, kind=ImageError):
+            load(png(rows, interlaced), SHAPE)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_black_images_are_whole(mode):
+    assert not load(encode(Image.new(mode, (7, 5)), "PNG"), (5, 7, 3)).any()
+
+
+def test_other_programs_are_not_started():
+    """Pillow would hand EPS to Ghostscript, whatever a file is called."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    for read in (header, lambda encoded: load(encoded, SHAPE)):
+        with refused("^is no image of a known format$", kind=ImageError):
+            read(eps)
+
+
+MOST = {  # kind, mode, further options: side of a square image that costs nearly 256 MiB
+    "png": ("PNG", "RGB", {}, 4_700),
+    "palette": ("PNG", "P", {}, 3_600),
+    "16 bits": ("PNG", "I;16", {}, 3_600),
+    "webp": ("WEBP", "RGB", {}, 3_600),
+    "jpeg 2000": ("JPEG2000", "RGB", {}, 3_600),
+    "avif": ("AVIF", "RGB", {"speed": 10}, 3_600),
+    "tiff": ("TIFF", "RGB", {"compression": "tiff_lzw"}, 4_700),
+    "inks": ("TIFF", "CMYK", {"compression": "tiff_lzw"}, 3_600),
+    "jpeg": ("JPEG", "RGB", {}, 6_600),
+    "progressive": ("JPEG", "RGB", {"progressive": True}, 4_700),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", MOST)
+def test_no_image_costs_more_than_is_said(kind):
+    """In a process of its own, whose memory tells; a larger image is refused."""
+    program = """
+import sys
+from pathlib import Path
+from aim_flax.data.images import load
+
+def most():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+encoded = sys.stdin.buffer.read()
+Path("/proc/self/clear_refs").write_text("5")
+before = most()
+load(encoded, (64, 64, 3))
+print(most() - before)
+"""
+    form, mode, options, side = MOST[kind]
+    encoded = encode(Image.new(mode, (side, side)), form, **options)
+    arguments = [sys.executable, "-c", program]
+    result = subprocess.run(arguments, input=encoded, capture_output=True, check=True)
+    assert int(result.stdout) < MOST_BYTES
+    larger = encode(Image.new(mode, (side * 5 // 4,) * 2), form, **options)
+    if form != "JPEG":
+        with refused("^has [0-9,]+ pixels, too many to decode in 256 MiB$", kind=ImageError):
+            load(larger, SHAPE)
 
 
 def test_decoders_write_nothing(tmp_path):

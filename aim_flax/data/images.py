@@ -18,9 +18,10 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 _BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 # No image costs more memory than this while it is decoded.
 MOST_BYTES = 256 << 20
-# What decoding by Pillow costs per pixel, measured; palettes, 16 bits and inks go through copies.
-_PIXEL_BYTES, _OTHER_PIXEL_BYTES = 12, 18
-_PLAIN_MODES = ("1", "L", "LA", "RGB", "RGBA")
+# What decoding by Pillow costs per pixel, measured; other modes go through copies, and some
+# decoders have the image whole as well.
+_PIXEL_BYTES, _OTHER_PIXEL_BYTES = 12, 20
+_PLAIN_MODES, _TWICE_WHOLE = ("1", "L", "RGB"), ("AVIF", "JPEG2000", "WEBP")
 # By name: Pillow would try all that it has, and its EPS, for one, starts another program.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI")
 _FORMATS += ("TGA", "TIFF", "WEBP")
@@ -87,8 +88,8 @@ def load(
       (H, W, C) uint8.
 
     Raises:
-      ImageError: truncated, empty, without some of its rows, so large that it would cost over
-        `MOST_BYTES`, or otherwise no image.
+      ImageError: truncated, empty, without some of its rows, of more pixels than Pillow's limit
+        (about 89 million), so large that it would cost over `MOST_BYTES`, or otherwise no image.
     """
     height, width, _ = shape
     try:
@@ -134,6 +135,8 @@ def _decode_jpeg(
 ) -> np.ndarray:
     """Returns all pixels, upright, halved within the decoder as `load` says."""
     height, width, color, _ = simplejpeg.decode_jpeg_header(encoded)
+    if height * width > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
     orientation = _jpeg_orientation(encoded)
     upright = (width, height) if orientation in _TRANSPOSED else (height, width)
     rows, columns = _slices(upright, shape, region, fit, centre)
@@ -164,8 +167,8 @@ def _decode_other(encoded: bytes, channels: int) -> np.ndarray:
     """Returns all pixels, upright."""
     with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
         size = math.prod(image.size)
-        each = _PIXEL_BYTES if image.mode in _PLAIN_MODES else _OTHER_PIXEL_BYTES
-        _check_cost(each * size, size)
+        plain = image.mode in _PLAIN_MODES and image.format not in _TWICE_WHOLE
+        _check_cost((_PIXEL_BYTES if plain else _OTHER_PIXEL_BYTES) * size, size)
         # PNG may have its EXIF data after the pixels.
         image.load()
         if image.format == "PNG":
@@ -177,7 +180,8 @@ def _decode_other(encoded: bytes, channels: int) -> np.ndarray:
         elif image.mode == "P":
             # Pillow warns when palettes with transparency become RGB directly.
             image = image.convert("RGBA")
-        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        mode = "L" if channels == 1 else "RGB"
+        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels
 
 
