@@ -295,8 +295,19 @@ class _End:
         end_process(signum, self._stopped)
 
 
+# With their usual handlers; not all systems have SIGHUP.
+ENDS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+ENDS |= {signal.SIGHUP: signal.SIG_DFL} if hasattr(signal, "SIGHUP") else {}
+
+
+def _nothing_to_save(signum: int, frame: object) -> None:
+    os.write(2, f"{_program()}: {signal.Signals(signum).name}: no state to save yet\n".encode())
+
+
 def end_on_signals(stopped: str = "") -> None:
-    """Makes Ctrl-C and SIGTERM end the process at once, with one line, and `stopped` in it.
+    """Makes Ctrl-C, SIGTERM and SIGHUP end the process at once, with one line, and `stopped` in it.
+
+    SIGUSR1, which asks a run to save its state, does nothing else.
 
     From now on, also while Python goes down, and wherever nothing else handles them. Without an
     exception: raised while a C++ module is imported it aborts the process, and in a callback it is
@@ -304,8 +315,9 @@ def end_on_signals(stopped: str = "") -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    for signum, handler in usual.items():
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, _nothing_to_save)
+    for signum, handler in ENDS.items():
         there = signal.getsignal(signum)
         if there == handler or isinstance(there, _End):
             signal.signal(signum, _End(stopped))

@@ -12,7 +12,7 @@ from aim_flax import cli, console
 from tests.photos import FOLDER_CONFIG, small, write_folder
 from tests.runs import DIGITS, ROOT, SMALL, flags
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def ended(code: str) -> tuple[int, str]:
@@ -52,6 +52,27 @@ with signals() as received:
     assert ended(code) == (130, "-c: stopped by SIGINT\n")
 
 
+def test_a_terminal_that_is_closed_leaves_what_nohup_started():
+    code = """
+from aim_flax.train.signals import signals
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+console.end_on_signals()
+with signals() as received:
+    os.kill(os.getpid(), signal.SIGHUP)
+assert received == []
+os.kill(os.getpid(), signal.SIGHUP)
+"""
+    assert ended(code) == (0, "")
+
+
+def test_a_signal_to_save_before_there_is_anything_to_save_ends_nothing():
+    code = """
+console.end_on_signals()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    assert ended(code) == (0, "-c: SIGUSR1: no state to save yet\n")
+
+
 @pytest.fixture
 def handlers():
     """Puts back those that were there."""
@@ -80,11 +101,11 @@ def test_handlers_are_those_of_a_program_only(handlers, argv):
 
 def test_a_command_says_its_own_words(handlers):
     """Also where the search for its module has set a handler already."""
-    for signum, handler in zip(SIGNALS, (signal.default_int_handler, signal.SIG_DFL), strict=True):
+    for signum, handler in console.ENDS.items():
         signal.signal(signum, handler)
     console.end_on_signals()
     console.as_command("all is kept")(lambda argv: None)()
-    assert [signal.getsignal(number)._stopped for number in SIGNALS] == ["all is kept"] * 2
+    assert [signal.getsignal(number)._stopped for number in SIGNALS] == ["all is kept"] * 3
 
 
 def test_ctrl_c_that_nobody_handled_is_one_line(monkeypatch):

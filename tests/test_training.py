@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,12 @@ from aim_flax.data.scaling import Scaling
 from aim_flax.devices import Devices
 from aim_flax.errors import DivergenceError
 from aim_flax.train import loop
+from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.restore import restore_run
 from tests.asserts import assert_equal, refused
 from tests.processes import (
+    after_calls,
     finish,
     interrupted,
     kill_again_and_again,
@@ -280,6 +283,25 @@ def test_signal_saves_and_the_run_goes_on(tmp_path):
     assert not (parts / "summary.json").exists()
     loop.run(config, parts, 1, quiet=True)
     assert_same_end(whole, parts)
+
+
+def test_a_run_is_told_to_save_and_goes_on(tmp_path, capsys):
+    config = digits("control", "train.epochs=1", "train.steps_per_call=5")
+    workdir = tmp_path / "run"
+    saved = []
+
+    def tell(experiment, step, metrics):
+        saved.append(Checkpoints(workdir / "checkpoints", read_only=True).steps)
+        if step in (5, 10):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    with after_calls(tell):
+        loop.run(config, workdir, 1)
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert saved == [[], [], [10], [10, 15]]
+    told = [line for line in capsys.readouterr().out.splitlines() if "SIGUSR1" in line]
+    assert told == ["SIGUSR1: saved at step 10", "SIGUSR1: saved at step 15"]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.optimizer import should_stop
 from aim_flax.train.progress import Progress, add_epoch, plateau_scale
-from aim_flax.train.signals import interruption, signals
+from aim_flax.train.signals import asked_to_save, interruption, signals
 from aim_flax.train.step import TrainState, variables_of
 from aim_flax.train.summary import one_line, run_summary, write_results
 from aim_flax.train.workdir import (
@@ -211,6 +211,7 @@ class Loop:
         compiled: set[int] = set()
         with contextlib.ExitStack() as stack:
             received = stack.enter_context(signals(self.part.received))
+            asked = stack.enter_context(asked_to_save())
             # None if only results are missing: the files of a finished run are not touched.
             workdirs = [] if self._done() else self.workdirs
             events = [stack.enter_context(report.Events(w, self.step)) for w in workdirs]
@@ -239,12 +240,17 @@ class Loop:
                 shown = self._note_metrics(metrics)
                 self.step += length
                 minutes = (time.monotonic() - self.saved_at) / 60
-                stop, save = any_process(bool(received), minutes >= config.train.checkpoint_minutes)
+                due, times = minutes >= config.train.checkpoint_minutes, len(asked)
+                stop, save = any_process(bool(received), due or times > 0)
                 if length == left_in_epoch and self.alive:
                     shown = self._end_epoch(select, probe, events) or shown
                 done = self._done()
                 if done or stop or save:
                     self._save()
+                if times:
+                    del asked[:times]  # Another may have come since.
+                    self.checkpoints.wait()
+                    self.part.say(f"SIGUSR1: saved at step {self.step}")
                 self.part.advance(self.step, shown)
                 self._write_progress(done, stop or length == left_in_epoch)
                 if stop and not done:

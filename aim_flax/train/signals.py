@@ -1,21 +1,44 @@
-"""SIGTERM and Ctrl-C, which end a run after its state is saved."""
+"""Signals to a run: those that end it after its state is saved, and one that only saves."""
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from aim_flax.console import ENDS
 from aim_flax.errors import InterruptionError
+
+
+# Not all systems have all of them.
+_SAVE = [getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
 def signals(received: list[int] | None = None) -> Iterator[list[int]]:
-    """Yields a list to which a first SIGTERM or Ctrl-C is added; a second one acts as usual.
+    """Yields a list to which a first SIGTERM, Ctrl-C or SIGHUP is added; a second acts as usual.
+
+    SIGHUP comes when a terminal is closed. Where it is ignored, as under nohup, it stays so.
 
     Args:
       received: the list; None: a new one.
     """
     received = [] if received is None else received
+    ends = [number for number in ENDS if signal.getsignal(number) != signal.SIG_IGN]
+    with _received(received, ends, once=True):
+        yield received
+
+
+@contextlib.contextmanager
+def asked_to_save() -> Iterator[list[int]]:
+    """Yields a list to which each SIGUSR1 is added."""
+    received: list[int] = []
+    with _received(received, _SAVE, once=False):
+        yield received
+
+
+@contextlib.contextmanager
+def _received(received: list[int], numbers: Iterable[int], once: bool) -> Iterator[None]:
+    """Adds signals to a list; `once`: only the first, and then all act as before."""
     previous: dict[int, Any] = {}
 
     def restore() -> None:
@@ -24,15 +47,16 @@ def signals(received: list[int] | None = None) -> Iterator[list[int]]:
 
     def receive(signum, frame):
         received.append(signum)
-        restore()
+        if once:
+            restore()
 
     try:
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in numbers:
             previous[signum] = signal.signal(signum, receive)
     except ValueError:  # Not in the main thread, where signals are handled.
         restore()
     try:
-        yield received
+        yield
     finally:
         restore()
 
