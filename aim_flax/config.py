@@ -302,7 +302,9 @@ def differing_keys(a: ConfigDict, b: ConfigDict) -> list[str]:
     leaves_a, leaves_b = (_leaves(config) for config in (a, b))
     values_a, values_b = (LEFT_OUT | leaves for leaves in (leaves_a, leaves_b))
     keys = dict.fromkeys([*leaves_a, *leaves_b])
-    return [key for key in keys if values_a.get(key) != values_b.get(key)]
+    pairs = {key: (values_a.get(key), values_b.get(key)) for key in keys}
+    # NaN is what differs from itself.
+    return [key for key, (a, b) in pairs.items() if a != b and not (a != a and b != b)]
 
 
 def _leaves(config: ConfigDict) -> dict[str, Any]:

@@ -16,7 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from aim_flax.errors import DataError, DivergenceError, InterruptionError, UsageError
+from aim_flax.errors import (
+    DataError,
+    DivergenceError,
+    InterruptionError,
+    NotFiniteError,
+    UsageError,
+)
 from aim_flax.files import write_json
 from aim_flax.names import printable
 
@@ -347,7 +353,7 @@ def reporting_errors() -> Iterator[None]:
     except UsageError as error:
         fail(str(error))
         sys.exit(2)
-    except (DataError, DivergenceError) as error:
+    except (DataError, DivergenceError, NotFiniteError) as error:
         fail(str(error))
         sys.exit(1)
     except InterruptionError as error:

@@ -24,6 +24,10 @@ class DivergenceError(RuntimeError):
         self.step = step
 
 
+class NotFiniteError(RuntimeError):
+    """The loss on a whole split is NaN or infinite, so that the accuracy says nothing."""
+
+
 class DataError(RuntimeError):
     """A record of a dataset that can't be used; the message names it."""
 

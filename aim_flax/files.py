@@ -3,10 +3,11 @@
 import contextlib
 import csv
 import functools
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from aim_flax.names import fonts
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
+
+
+_DIGEST = "digest"
 
 
 @contextlib.contextmanager
@@ -93,8 +97,17 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, sealed: bool = False) -> None:
+    """Writes a JSON file; a dictionary can be `sealed`, so that `read_json` notices a change."""
+    if sealed:
+        content = {**content, _DIGEST: _digest(content)}
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    # As it comes back: with lists for tuples, and keys that are strings.
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -121,14 +134,42 @@ def save_image(image: "Image.Image", path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Returns the content of a JSON file.
+    """Returns the content of a JSON file, without the digest of one that was sealed.
 
     Raises:
-      UsageError: it is missing or damaged.
+      UsageError: it is missing, no file, or damaged; or it was sealed and is not what was written.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{path} not found: {path.parent} is no run's workdir") from None
-    except ValueError as error:
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged: {error}") from None
+    # Earlier versions sealed nothing.
+    written = content.pop(_DIGEST, None) if isinstance(content, dict) else None
+    if written is not None and written != (found := _digest(content)):
+        raise UsageError(
+            f"{path} is not what was written: it is damaged, or was changed by hand; if the change"
+            f" is yours, write {found!r} for its digest"
+        )
+    return content
+
+
+def read_mapping(path: Path, expected: Collection[str], what: str) -> dict[str, Any]:
+    """Returns the content of a JSON file as `read_json` does.
+
+    Args:
+      expected: keys that it must have.
+      what: such a file is, for the message.
+
+    Raises:
+      UsageError: as `read_json` does, or it lacks some of the keys.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is no {what}, but a {type(content).__name__}")
+    if missing := [key for key in expected if key not in content]:
+        raise UsageError(f"{path} is no {what}: it has no {', '.join(missing)}")
+    return content

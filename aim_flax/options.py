@@ -65,8 +65,8 @@ _COUNT = _at_least(1)
 _STAGES = _each("a number for each stage", 1)
 # It becomes a part of the default workdir's name.
 _NAME = Condition(
-    "a name without slashes",
-    lambda value: re.fullmatch(r"[^/\\\x00-\x1f]+", value) and value not in (".", ".."),
+    "a name of up to 100 characters, without slashes",
+    lambda value: re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", value) and value not in (".", ".."),
 )
 
 CONDITIONS: Mapping[str, Condition] = {

@@ -40,11 +40,11 @@ def refused(pattern: str = "", *, exactly: str | None = None, kind=UsageError) -
     assert "\n" not in message
 
 
-def fails(capsys, command, *argv) -> str:
-    """Returns the one line with which a command line is refused."""
+def fails(capsys, command, *argv, status: int = 2) -> str:
+    """Returns the one line with which a command line ends in an error."""
     with pytest.raises(SystemExit) as exit_:
         command(list(argv))
-    assert exit_.value.code == 2
+    assert exit_.value.code == status
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()

@@ -5,7 +5,7 @@ import csv
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aim_flax import config as configs
+from aim_flax import files
 from aim_flax.train import dataset_record
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import Experiment
@@ -55,15 +56,26 @@ def from_before(config: ConfigDict) -> dict:
     return saved
 
 
-def write_run(config: ConfigDict, workdir: Path) -> None:
-    """Makes a run with random weights, untrained: what training leaves of it, in a second."""
+def write_run(
+    config: ConfigDict,
+    workdir: Path,
+    change: Callable[[str, np.ndarray], np.ndarray] = lambda name, array: array,
+) -> None:
+    """Makes a run with random weights, untrained: what training leaves of it, in a second.
+
+    Args:
+      change: from a parameter's path and random numbers to its numbers.
+    """
     experiment = Experiment(config, 1)
     like = experiment.abstract_state
     images = np.zeros((1, *config.data.image_shape), np.float32)
     variables = random_variables(experiment.model, images)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     collections = {name: variables[name] for name in like.model_state}
-    state = zeros.replace(params=variables["params"], model_state=collections)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, array: change(jax.tree_util.keystr(path), array), variables["params"]
+    )
+    state = zeros.replace(params=params, model_state=collections)
     with claimed(workdir, experiment.config):
         dataset_record.write(workdir, experiment.dataset.fingerprint, experiment.epoch_steps)
         with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
@@ -96,7 +108,7 @@ def read_csv(file: Path) -> list[dict[str, str]]:
 
 
 def read_json(file: Path) -> dict:
-    return json.loads(file.read_text())
+    return files.read_json(file)
 
 
 def history(workdir: Path) -> dict[str, np.ndarray]:

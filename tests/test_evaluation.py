@@ -35,7 +35,7 @@ from aim_flax.train import evaluate_run, loop, restore
 from aim_flax.train import report as run_report
 from tests.arrays import KEY, random_variables
 from tests.asserts import fails, refused
-from tests.runs import digits, read_csv, read_json
+from tests.runs import digits, read_csv, read_json, snapshot, write_run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
@@ -457,3 +457,17 @@ def test_directory_that_is_no_run_is_told(tmp_path):
     with refused("there are no checkpoints in"):
         restore.restore_run(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("memory", ["keep", "all"])
+def test_a_loss_that_is_no_number_is_no_result(tmp_path, capsys, memory):
+    """One weight is enough: the accuracy is that of the first class, with status 0 until now."""
+    run = tmp_path / "run"
+    config = digits("aim")
+    write_run(config, run, lambda name, array: np.nan * array if "head" in name else array)
+    before = snapshot(run)
+    argv = ["--workdir", str(run), "--devices", "1", "--memory", memory]
+    line = fails(capsys, evaluate_command.main, *argv, status=1)
+    what = f"{run}, step 0, on test" if memory == "keep" else "the unaltered network"
+    assert f"the loss of {what} is nan, so its accuracy, 10." in line
+    assert snapshot(run) == before

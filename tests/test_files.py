@@ -1,12 +1,16 @@
 """Files are written whole or not at all, and nowhere else."""
 
+import math
 import os
+import re
 import stat
 import tempfile
 
 import pytest
 
 from aim_flax import files
+from aim_flax.errors import UsageError
+from tests.asserts import refused
 from tests.runs import read_json
 
 
@@ -65,3 +69,53 @@ def test_what_fails_leaves_the_file_of_before_and_nothing_else(tmp_path):
 def test_long_names_can_be_written(tmp_path):
     files.write_text(tmp_path / ("x" * 255), "content")
     assert (tmp_path / ("x" * 255)).read_text() == "content"
+
+
+def test_a_bit_that_changes_in_a_sealed_file_is_noticed(tmp_path):
+    """Every single one: the content is the same, or it is refused."""
+    file = tmp_path / "summary.json"
+    content = {"test_accuracy": 0.97625, "best_step": 1180, "versions": {"jax": "0.10.1"}, "x": [1]}
+    files.write_json(file, content, sealed=True)
+    assert files.read_json(file) == content
+    written = file.read_bytes()
+    noticed = 0
+    for bit in range(8 * len(written)):
+        changed = bytearray(written)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        try:
+            found = files.read_json(file)
+        except UsageError as error:
+            noticed += 1
+            assert str(error).startswith(f"{file} is ")
+            continue
+        # In the name of the digest, which is then a key of its own, or in white space.
+        extra = [key for key in found if key not in content]
+        assert {key: found[key] for key in content} == content
+        assert len(extra) <= 1
+    assert noticed > 6 * len(written)
+
+
+def test_a_change_by_hand_can_be_confirmed(tmp_path):
+    file = tmp_path / "config.json"
+    files.write_json(file, {"seed": 0, "layers": (8, 8), "rates": {1: math.nan}}, sealed=True)
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
+    message = "is not what was written: it is damaged, or was changed by hand;"
+    with pytest.raises(UsageError, match=message) as refusal:
+        files.read_json(file)
+    ours = re.search("write '(sha256:[0-9a-f]{64})' for its digest", str(refusal.value))[1]
+    file.write_text(re.sub("sha256:[0-9a-f]{64}", ours, file.read_text()))
+    assert files.read_json(file)["seed"] == 1
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{}", '"text"', "3", "null", "[" * 10**5, ""])
+def test_what_is_no_mapping_with_these_keys_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with refused("config.json is (no run's config|damaged)"):
+        files.read_mapping(tmp_path / "config.json", ("name",), "run's config")
+
+
+def test_a_folder_in_place_of_a_file_is_told(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with refused("config.json can't be read: Is a directory$"):
+        files.read_json(tmp_path / "config.json")

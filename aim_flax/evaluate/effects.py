@@ -161,6 +161,9 @@ def measure(
     Args:
       build: takes an altered network, or a `Choosable`, and returns a function that evaluates it
         on the split, with its own variables and those given.
+
+    Raises:
+      NotFiniteError: the loss of the network as it is is NaN or infinite.
     """
     evaluate_reads = build(plan.choosable)
 
@@ -172,6 +175,7 @@ def measure(
         return build(network)({})
 
     keep = evaluate("keep", frozenset())
+    keep.check_finite("the unaltered network")
     rows = []
     with Reporter(len(plan.steps), 0) as reporter:
         for number, (kind, layer, how, paths) in enumerate(plan.steps, start=1):

@@ -1,6 +1,7 @@
 """Evaluation of a whole split, in training and in eval.py."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from flax import linen as nn
 
 from aim_flax.data.dataset import EvalBatches
 from aim_flax.devices import AXIS, Devices
+from aim_flax.errors import NotFiniteError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,15 @@ class Evaluation:
     labels: np.ndarray | None = None
     predicted: np.ndarray | None = None
     probability: np.ndarray | None = None
+
+    def check_finite(self, what: str) -> None:
+        """Raises NotFiniteError unless the loss is a number; `what` was evaluated, for the
+        message."""
+        if not math.isfinite(self.loss):
+            raise NotFiniteError(
+                f"the loss of {what} is {self.loss}, so its accuracy, {self.accuracy:.2%}, is no"
+                " result: its weights, or the images, hold numbers that are not finite or too large"
+            )
 
     @property
     def count(self) -> int:

@@ -51,7 +51,7 @@ def add(workdir: Path, planned: Study) -> Study:
                 name: arm.origin | {"seeds": arm.seeds, "config": json.loads(arm.config.to_json())}
                 for name, arm in study.arms.items()
             }
-            files.write_json(workdir / STUDY, vars(study) | {"arms": arms})
+            files.write_json(workdir / STUDY, vars(study) | {"arms": arms}, sealed=True)
     return study
 
 

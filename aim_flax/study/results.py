@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from aim_flax.errors import UsageError
-from aim_flax.files import read_json
+from aim_flax.files import read_mapping
 from aim_flax.train.workdir import divergence
 
 STUDY = "study.json"
@@ -57,17 +57,13 @@ def read_run(workdir: Path) -> dict[str, Any]:
       UsageError: `workdir` holds no run, or one of its files is damaged.
     """
     if (workdir / "summary.json").is_file():
-        summary = _LATER | read_json(workdir / "summary.json") | {"status": FINISHED}
-        missing = [column for column in COLUMNS if column not in summary]
-        if missing:
-            raise UsageError(f"{workdir / 'summary.json'} has no {', '.join(missing)}")
+        known = [column for column in COLUMNS if column not in (*_LATER, "status")]
+        summary = read_mapping(workdir / "summary.json", known, "run's summary")
+        summary = _LATER | summary | {"status": FINISHED}
         return {column: summary[column] for column in COLUMNS}
     if (workdir / STUDY).is_file():
         raise UsageError(f"{workdir} holds a study of which no run was started")
-    config = read_json(workdir / "config.json")
-    for key in ("name", "arm", "seed"):
-        if key not in config:
-            raise UsageError(f"{workdir / 'config.json'} is no run's config: it has no {key}")
+    config = read_mapping(workdir / "config.json", ("name", "arm", "seed"), "run's config")
     return without_result(ConfigDict(config), divergence(workdir))
 
 

@@ -28,7 +28,7 @@ def read(workdir: Path) -> Fingerprint | None:
     """Returns the images of a workdir's run; None if it is from before this was recorded."""
     if not (workdir / DATASET).is_file():
         return None
-    content = files.read_json(workdir / DATASET)
+    content = files.read_mapping(workdir / DATASET, (), "record of images")
     try:
         return Fingerprint.from_json(content)
     except (KeyError, TypeError, ValueError) as error:
@@ -110,7 +110,7 @@ def write(workdir: Path, found: Fingerprint, epoch_steps: int | None = None) -> 
         earlier = files.read_json(workdir / DATASET)
         content["earlier"] = [*earlier.pop("earlier", []), earlier]
     with files.writing(workdir):
-        files.write_json(workdir / DATASET, content)
+        files.write_json(workdir / DATASET, content, sealed=True)
 
 
 def check_classes(

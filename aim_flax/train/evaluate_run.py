@@ -147,6 +147,7 @@ def evaluate_run(
     Raises:
       UsageError: as `restore_run` and `intervene` do; no such split or number of devices; the
         dataset has other classes than the run. Other images of the same classes are told in a line.
+      NotFiniteError: the loss is NaN or infinite; nothing is written.
     """
     workdir = Path(workdir)
     restored = restore_run(workdir, checkpoint)
@@ -158,6 +159,7 @@ def evaluate_run(
         altered, suffix = f", with altered memory ({memory} {where})", f"_{memory}"
     opened = _open(workdir, restored, split, device_count, overrides)
     evaluation = opened.build(model)({})
+    evaluation.check_finite(f"{workdir}, step {restored.step}, on {split}{altered}")
     low, high = evaluation.accuracy_interval()
     context = {
         "split": split,

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from aim_flax.console import Pace, Part, ProgressFile, Reporter
 from aim_flax.devices import any_process
-from aim_flax.errors import DataError, DivergenceError
+from aim_flax.errors import DataError, DivergenceError, NotFiniteError
 from aim_flax.files import read_json, write_json
 from aim_flax.train import dataset_record, report
 from aim_flax.train.checkpoint import Checkpoints
@@ -424,7 +424,7 @@ class Loop:
         best, last = self.devices.fetch(self.best), self.devices.fetch(self.states)
         self.checkpoints.wait()
         self.checkpoints.close()
-        summaries = []
+        summaries, not_finite = [], []
         for i, (run, workdir) in enumerate(zip(self.runs, self.workdirs, strict=True)):
             progress = self.progress[i]
             own_best, own_last = best, last
@@ -440,10 +440,17 @@ class Loop:
                 name = f"{run.config.name}:{run.config.arm} seed {run.config.seed}"
                 self.part.say(f"{name}: diverged at step {progress.diverged_at}")
                 continue
+            try:
+                tests[i].check_finite(f"{workdir}, step {progress.best_step}, on test")
+            except NotFiniteError as error:
+                not_finite.append(error)
+                continue
             summaries.append(run_summary(run, progress, own_best, tests[i]))
             if jax.process_index() == 0:
                 write_results(workdir, run, progress.history, summaries[-1], tests[i])
             self.part.say(one_line(summaries[-1]))
+        if not_finite:
+            raise not_finite[0]
         return summaries
 
 

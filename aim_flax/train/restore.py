@@ -8,10 +8,10 @@ from typing import Any
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from aim_flax.files import read_json
 from aim_flax.models.build import build_model, trained
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import abstract_state
+from aim_flax.train.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def restore_run(workdir: str | Path, checkpoint: str | int = "best") -> Restored
       UsageError: `workdir` holds no run, or no such checkpoint.
     """
     workdir = Path(workdir)
-    config = ConfigDict(read_json(workdir / "config.json")).lock()
+    config = read_config(workdir).lock()
     model = build_model(config)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     with contextlib.closing(checkpoints):

@@ -8,7 +8,6 @@ from typing import Any
 from aim_flax.console import ENDS
 from aim_flax.errors import InterruptionError
 
-
 # Not all systems have all of them.
 _SAVE = [getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)]
 

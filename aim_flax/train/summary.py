@@ -88,7 +88,7 @@ def write_results(
     white = Preprocessing.of(config.data).white
     write_evaluation(workdir, "test", test, experiment.dataset, white, context)
     # Last but for the page that shows it, because it marks the run as finished.
-    files.write_json(workdir / "summary.json", summary)
+    files.write_json(workdir / "summary.json", summary, sealed=True)
     write_page(workdir)
 
 

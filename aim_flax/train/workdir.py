@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -33,6 +34,25 @@ EPOCHS = "train.epochs"
 PROGRESS = "progress.json"
 
 
+def read_config(workdir: Path) -> ConfigDict:
+    """Returns the config of a workdir's run.
+
+    Raises:
+      UsageError: there is none, or it is not what was written.
+    """
+    groups = ("data", "model", "optimizer", "schedule", "train", "eval")
+    file, keys = workdir / "config.json", ("name", "arm", "seed", *groups)
+    content = files.read_mapping(file, keys, "run's config")
+    for group in groups:
+        if not isinstance(content[group], dict):
+            raise UsageError(f"{file} is no run's config: its {group} is no group of options")
+    return ConfigDict(content)
+
+
+def _save(workdir: Path, config: ConfigDict) -> None:
+    files.write_json(workdir / "config.json", json.loads(to_json(config)), sealed=True)
+
+
 def default_workdir(config: ConfigDict) -> Path:
     """Returns runs/<config>-<arm>-<seed>, with `dataset_label` before the arm.
 
@@ -40,7 +60,7 @@ def default_workdir(config: ConfigDict) -> Path:
     """
     before = Path("runs") / f"{config.name}-{config.arm}-{config.seed}"
     label, saved = dataset_label(config), before / "config.json"
-    if not label or (saved.is_file() and dataset_label(ConfigDict(read_json(saved))) == label):
+    if not label or (saved.is_file() and dataset_label(read_config(saved.parent)) == label):
         return before
     return Path("runs") / f"{config.name}{label}-{config.arm}-{config.seed}"
 
@@ -102,7 +122,7 @@ def check_claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) ->
     """
     saved = workdir / "config.json"
     if saved.is_file():
-        other = ConfigDict(read_json(saved))
+        other = read_config(saved.parent)
         changes = differences(other, config) if has_begun(workdir) else ""
         if changes and more_epochs and _differing(other, config) == [EPOCHS]:
             _check_epochs(workdir, other, config)
@@ -162,11 +182,11 @@ def claimed(workdir: Path, config: ConfigDict, more_epochs: bool = False) -> Ite
 
 
 def _write_config(workdir: Path, config: ConfigDict) -> None:
-    saved, as_json = workdir / "config.json", to_json(config)
+    saved = workdir / "config.json"
     # The config first: if this process is killed, the workdir is still this run's.
     if not saved.is_file():
-        files.write_text(saved, as_json)
-    elif (changes := differences(there := ConfigDict(read_json(saved)), config)) and not has_begun(
+        _save(workdir, config)
+    elif (changes := differences(there := read_config(saved.parent), config)) and not has_begun(
         workdir
     ):
         print(
@@ -174,7 +194,7 @@ def _write_config(workdir: Path, config: ConfigDict) -> None:
             f" (there is another {changes})",
             flush=True,
         )
-        files.write_text(saved, as_json)
+        _save(workdir, config)
     elif recorded := [key for key in RECORDED if key in differing_keys(there, config)]:
         old, new = flatten(there), flatten(config)
         steps = [int(name) for name in _checkpoints(workdir) if name.isdecimal()]
@@ -185,7 +205,7 @@ def _write_config(workdir: Path, config: ConfigDict) -> None:
         files.write_json(workdir / CHANGES, list_)
         with there.unlocked():
             there.update_from_flattened_dict({key: new.get(key) for key in recorded})
-        files.write_text(saved, to_json(there))
+        _save(workdir, there)
     if not (workdir / "code_version.json").is_file():
         files.write_json(workdir / "code_version.json", versions())
 
@@ -214,7 +234,7 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
     """Returns whether the workdir holds this run, and it has all of its epochs."""
     if not (workdir / "summary.json").is_file():
         return False
-    return EPOCHS not in differing_keys(ConfigDict(read_json(workdir / "config.json")), config)
+    return EPOCHS not in differing_keys(read_config(workdir), config)
 
 
 def raise_epochs(workdir: Path, config: ConfigDict) -> str | None:
@@ -228,7 +248,7 @@ def raise_epochs(workdir: Path, config: ConfigDict) -> str | None:
     Raises:
       UsageError: it can't be raised.
     """
-    there = ConfigDict(read_json(workdir / "config.json"))
+    there = read_config(workdir)
     old, new = there.train.epochs, config.train.epochs
     if old == new:
         return None
@@ -238,7 +258,7 @@ def raise_epochs(workdir: Path, config: ConfigDict) -> str | None:
         if (workdir / "summary.json").is_file():
             os.replace(workdir / "summary.json", workdir / f"summary_{old}_epochs.json")
         there.train.epochs = new
-        files.write_text(workdir / "config.json", to_json(there))
+        _save(workdir, there)
     return f"{workdir}: {old} epochs become {new}"
 
 
