@@ -216,6 +216,9 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     # Of uneven classes: weights (rare ones count more in the loss) or sampling (all come equally
     # often).
     config.train.balance = "none"
+    # Looks at the numbers of every layer, and stops at the first that is not finite with its name;
+    # slower. A run can be continued with it.
+    config.train.detect_anomaly = False
     config.train.checkpoint_minutes = 10.0  # between checkpoints; also at the end, and on a signal
 
     config.eval = ConfigDict()

@@ -1,8 +1,8 @@
 """The parts of a run, built and checked from its config, and its compiled programs."""
 
 import copy
+import functools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from aim_flax.models.build import build_model, field_names, network_class
 from aim_flax.models.pretrained import Pretrained, read_pretrained, start_from
 from aim_flax.options import check_values
 from aim_flax.sources import check_network
+from aim_flax.train.anomaly import Probe, anomaly_names, find_probes
 from aim_flax.train.optimizer import build_optimizer, build_schedule
 from aim_flax.train.step import TrainState, create_state, train_step, variables_of
 
@@ -40,6 +41,7 @@ class Experiment:
       steps_per_call: most steps in one compiled call.
       abstract_state: shapes and dtypes of the training state.
       class_weights: see `train_step`.
+      places: where a step looks for numbers that are not finite; None: nowhere.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Experiment:
             )
         # None where nothing is to be done: then nothing is drawn or traced for it.
         changes = {name: value for name, value in (config.augment or {}).items() if value}
+        self.places = self._places() if config.train.get("detect_anomaly", False) else None
         self.train_batches = self.dataset.train_batches(
             self.devices,
             batch_size,
@@ -116,6 +119,26 @@ class Experiment:
                 f"{name} has batch statistics but no field axis_name, over which they would be"
                 f" averaged on {self.devices.count} devices: give it one, or use --devices 1"
             )
+
+    def _places(self) -> tuple[Probe, ...]:
+        """Returns the places in the network that a training step comes to."""
+        model = build_model(self.config)  # Without an axis of devices: none is there yet.
+        state = self.abstract_state
+
+        def run(variables: Any, images: jax.Array) -> Any:
+            rngs = {name: jax.random.key(0) for name in ("dropout", "memory")}
+            return model.apply(
+                variables, images, train=True, mutable=list(state.model_state), rngs=rngs
+            )
+
+        local = self.config.train.batch_size // self.devices.count
+        images = jax.ShapeDtypeStruct((local, *self.config.data.image_shape), np.float32)
+        return find_probes(run, variables_of(state), images)
+
+    @functools.cached_property
+    def anomaly_names(self) -> list[str]:
+        """What the metric `anomaly` of a training step is an index of."""
+        return anomaly_names(self.places, self.abstract_state.params)
 
     def with_seed(self, seed: int) -> "Experiment":
         """Returns the same experiment with another seed; both share their compiled programs."""
@@ -161,7 +184,9 @@ class Experiment:
         cpu = jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": 0} if cpu else None
         image_shape = tuple(self.config.data.image_shape)
-        create = partial(create_state, self.model, self.optimizer, image_shape=image_shape)
+        create = functools.partial(
+            create_state, self.model, self.optimizer, image_shape=image_shape
+        )
         return jax.jit(create, compiler_options=options)
 
     def train_call(self, length: int, together: bool = False) -> Callable:
@@ -203,6 +228,7 @@ class Experiment:
                     axis_name=AXIS,
                     class_weights=self.class_weights,
                     freeze=self.config.train.get("freeze", ""),
+                    places=self.places,
                 )
 
             if length == 1:
@@ -242,7 +268,7 @@ class Experiment:
         images = self.probe_images()
 
         def build() -> Callable:
-            use = partial(memory_use, self.model)
+            use = functools.partial(memory_use, self.model)
             return jax.jit(jax.vmap(use, in_axes=(0, None)) if together else use)
 
         use = self.program(("probe", together), build)
@@ -261,5 +287,5 @@ def abstract_state(config: ConfigDict, model: nn.Module) -> TrainState:
     # The state's shapes don't depend on the schedule.
     optimizer = build_optimizer(config, optax.constant_schedule(0.0))
     image_shape = tuple(config.data.image_shape)
-    create = partial(create_state, model, optimizer, image_shape=image_shape)
+    create = functools.partial(create_state, model, optimizer, image_shape=image_shape)
     return jax.eval_shape(create, config.seed)

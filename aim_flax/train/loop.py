@@ -315,10 +315,13 @@ class Loop:
         metrics = {name: np.atleast_2d(values) for name, values in metrics.items()}
         for i in self.alive:
             of_run = {name: values[i] for name, values in metrics.items()}
+            if "anomaly" in of_run:
+                names = self.experiment.anomaly_names
+                self.progress[i].note_anomaly(of_run["anomaly"], names, self.step + 1)
             self.progress[i].add_steps(of_run["loss"], of_run["accuracy"], self.step + 1)
             self._check_alone(of_run["loss"], self.step + 1)
-        alive = self.alive or [0]
-        return {name: float(values[alive, -1].mean()) for name, values in metrics.items()}
+        alive, shown = self.alive or [0], ("loss", "accuracy")
+        return {name: float(metrics[name][alive, -1].mean()) for name in shown}
 
     def _check_alone(self, losses: Sequence[float], first_step: int) -> None:
         """Saves the best network and raises DivergenceError, if a single run has diverged."""
@@ -335,8 +338,17 @@ class Loop:
         self.checkpoints.close()
         kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "none saved"
         epoch = (step - 1) // self.experiment.epoch_steps + 1
-        loss = losses[step - first_step]
-        raise DivergenceError(f"loss {loss} at step {step} (epoch {epoch}); {kept}", step)
+        what = f"loss {losses[step - first_step]}"
+        where = f"step {step} (epoch {epoch})"
+        raise DivergenceError(f"{what} at {where}; {kept}{self._cause(self.progress[0])}", step)
+
+    def _cause(self, progress: Progress) -> str:
+        """Returns what is known of why a run diverged, as the end of a message."""
+        if progress.anomaly:
+            return f"; the first that is not finite is {progress.anomaly}"
+        if self.experiment.places is None:
+            return "; --config.train.detect_anomaly=True tells in which layer it begins"
+        return ""
 
     def _finish_epoch(self, select: Callable, probe: Callable) -> dict[str, float]:
         """Evaluates, adds a row to each history, keeps the best networks, and cuts learning rates.
@@ -438,7 +450,8 @@ class Loop:
             if progress.diverged_at is not None:
                 mark_diverged(workdir, progress.diverged_at)
                 name = f"{run.config.name}:{run.config.arm} seed {run.config.seed}"
-                self.part.say(f"{name}: diverged at step {progress.diverged_at}")
+                cause = self._cause(progress)
+                self.part.say(f"{name}: diverged at step {progress.diverged_at}{cause}")
                 continue
             try:
                 tests[i].check_finite(f"{workdir}, step {progress.best_step}, on test")

@@ -26,6 +26,7 @@ class Progress:
       waited_seconds: of `timed_seconds`, those spent waiting for data.
       skipped: for each split, the indices of records that can't be read and were left out.
       diverged_at: the step of the first loss that was not finite, or None.
+      anomaly: what was the first in that step that was not finite, where that was looked for.
     """
 
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -39,6 +40,7 @@ class Progress:
     waited_seconds: float = 0.0
     skipped: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     diverged_at: int | None = None
+    anomaly: str | None = None
 
     def add_steps(self, losses: Sequence[float], accuracies: Sequence[float], step: int) -> None:
         """Adds the metrics of consecutive steps, the first of which is `step`."""
@@ -52,6 +54,16 @@ class Progress:
         bad = (i for i, loss in enumerate(losses, start=step) if not math.isfinite(loss))
         if self.diverged_at is None:
             self.diverged_at = next(bad, None)
+
+    def note_anomaly(self, indices: Sequence[int], names: Sequence[str], step: int) -> None:
+        """Notes the first anomaly of consecutive steps, the first of which is `step`.
+
+        Args:
+          indices: of `names`, for each step; -1: none.
+        """
+        bad = [(i, index) for i, index in enumerate(indices, start=step) if index >= 0]
+        if bad and self.diverged_at is None:
+            self.diverged_at, self.anomaly = bad[0][0], names[bad[0][1]]
 
     @property
     def accuracies(self) -> list[float]:

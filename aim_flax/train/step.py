@@ -5,6 +5,8 @@ run's seed and the step's number, so a run can continue from its state alone. Wi
 `axis_name`, gradients and metrics are averaged over the devices of that axis.
 """
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from flax import linen as nn
 from flax import struct
 
 from aim_flax.keys import dropout_key, init_key, memory_key
+from aim_flax.train.anomaly import Probe, first_anomaly, probing
 from aim_flax.train.freeze import frozen_norms
 
 
@@ -68,6 +71,7 @@ def train_step(
     axis_name: str | None = None,
     class_weights: jax.typing.ArrayLike | None = None,
     freeze: str = "",
+    places: Sequence[Probe] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one step of gradient descent on the mean cross-entropy.
 
@@ -80,17 +84,20 @@ def train_step(
       class_weights: (classes,) float32, what each example's cross-entropy is multiplied by; None:
         not done. The mean is over examples, not over weights, so devices can share a batch.
       freeze: a pattern, see `freeze.frozen_norms`.
+      places: where numbers are looked at, see `anomaly.find_probes`; None: not done.
 
     Returns:
-      The next state, and `loss` and `accuracy` of the whole batch, () float32, in training mode.
+      The next state, and `loss` and `accuracy` of the whole batch, () float32, in training mode;
+      with `places` also `anomaly`, see `anomaly.first_anomaly`.
     """
     rngs = {
         "dropout": dropout_key(seed, state.step, axis_name),
         "memory": memory_key(seed, state.step),
     }
 
-    def loss_fn(params):
-        with frozen_norms(freeze):
+    def loss_fn(params, zeros):
+        looking = contextlib.nullcontext() if places is None else probing(places, zeros)
+        with frozen_norms(freeze), looking:
             logits, model_state = model.apply(
                 {"params": params, **state.model_state},
                 images,
@@ -103,15 +110,21 @@ def train_step(
             losses *= jnp.asarray(class_weights, losses.dtype)[labels]
         return losses.mean(), (logits, model_state)
 
-    (loss, (logits, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    zeros = [jnp.zeros(2) for _ in places or ()]
+    (loss, (logits, model_state)), (grads, counts) = jax.value_and_grad(
+        loss_fn, argnums=(0, 1), has_aux=True
+    )(state.params, zeros)
     metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
     if axis_name is not None:
-        grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        grads, counts, metrics = jax.lax.pmean((grads, counts, metrics), axis_name)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: u * state.learning_rate_scale.astype(u.dtype), updates)
+    params = optax.apply_updates(state.params, updates)
+    if places is not None:
+        metrics["anomaly"] = first_anomaly(counts, metrics["loss"], grads, params)
     state = state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         model_state=model_state,
         opt_state=opt_state,
     )
