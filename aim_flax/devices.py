@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aim_flax.errors import UsageError, check_choice
+from aim_flax.pmapped import Pmapped
 
 AXIS = "batch"
 KINDS = ("pmap", "shard_map")
@@ -62,7 +63,7 @@ class Devices:
           sharded: positions of arguments that `shard` made; the others are replicated.
         """
         if self.kind == "pmap":
-            return jax.pmap(fn, AXIS, devices=self._devices, donate_argnums=tuple(donate))
+            return Pmapped(fn, AXIS, self._devices, donate_argnums=tuple(donate))
         # Results are equal on all devices by contract, as with pmap, so that isn't checked here:
         # with the check, gradients of replicated parameters would be summed a second time.
         positions = range(len(inspect.signature(fn).parameters))

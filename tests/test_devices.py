@@ -1,6 +1,10 @@
 """Data on devices: each has its part, and what is donated never was the host's."""
 
+import gc
+import weakref
+
 import jax
+import jax.extend.backend
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
@@ -58,6 +62,25 @@ def test_what_devices_hold_comes_back(kind, count):
     parts = [np.asarray(part.data) for part in devices.shard(batch).addressable_shards]
     assert {part.shape[-3:] for part in parts} == {(24 // count, 3, 2)}
     assert_equal(np.concatenate([part.reshape(-1, 3, 2) for part in parts]), batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_mapped_is_freed(kind):
+    """jax.pmap itself keeps all that it mapped: a dataset of each evaluation, for example."""
+    devices, backend = Devices(kind, 2), jax.extend.backend.get_backend()
+
+    def mapped_once():
+        kept = np.ones(1000)
+        double = devices.map(lambda x: x * kept.sum())
+        assert devices.fetch(double(devices.replicate(np.float32(2)))) == 2000
+        return weakref.ref(kept)
+
+    mapped_once()
+    gc.collect()
+    before = len(backend.live_executables())
+    assert [mapped_once()() for _ in range(3)] == [None] * 3
+    gc.collect()
+    assert len(backend.live_executables()) == before
 
 
 def test_so_many_devices_are_there(monkeypatch):

@@ -1,9 +1,11 @@
 """Every example is counted exactly once, and eval.py finds what training found."""
 
+import gc
 import json
 from functools import partial
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,10 +16,11 @@ from matplotlib.figure import Figure
 from aim_flax import AiM, Memory, intervene
 from aim_flax import config as configs
 from aim_flax.cli import evaluate as evaluate_command
+from aim_flax.data.dataset import Dataset, EvalBatches
 from aim_flax.data.digits import load_digits
 from aim_flax.data.in_memory import InMemory, Split
 from aim_flax.data.scaling import Scaling
-from aim_flax.devices import Devices
+from aim_flax.devices import KINDS, Devices
 from aim_flax.evaluate import effects, report
 from aim_flax.evaluate.effects import Effect
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
@@ -169,6 +172,21 @@ def test_evaluation_of_the_best_checkpoint_equals_the_summary(run, devices, caps
     assert [row["class"] for row in written["classes"]] == list("0123456789")
     assert (workdir / "confusion_test.png").read_bytes().startswith(b"\x89PNG")
     assert f"accuracy {summary['test_accuracy']:.2%}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluations_leave_nothing_in_memory(run, kind):
+    """Each compiles a program, and reads the images."""
+    backend = jax.extend.backend.get_backend()
+
+    def evaluate_once():
+        evaluate_run.evaluate_run(run[0], device_count=1, overrides=[f"parallel={kind}"])
+        gc.collect()
+        kept = sum(isinstance(item, Dataset | EvalBatches) for item in gc.get_objects())
+        return kept, len(backend.live_executables())
+
+    first = evaluate_once()
+    assert [evaluate_once() for _ in range(3)] == [first] * 3
 
 
 def test_an_altered_evaluation_says_so_and_leaves_the_other_alone(run, capsys):

@@ -17,7 +17,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def ended(code: str) -> tuple[int, str]:
     """Returns the exit status of a program, and what it says on standard error."""
-    code = f"import os, signal, time\nfrom aim_flax import console\n{code}"
+    # Tests that nohup started would pass on that SIGHUP is ignored.
+    start = "import os, signal, time\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    code = f"{start}\nfrom aim_flax import console\n{code}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     return run.returncode, run.stderr
 

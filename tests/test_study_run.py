@@ -476,11 +476,11 @@ def test_study_of_another_config_is_refused_and_nothing_touched(whole):
         assert snapshot(whole) == before
     # An arm whose workdir holds another run.
     file = whole / "control" / "1" / "config.json"
-    saved = file.read_text()
-    file.write_text(saved.replace('"seed": 1', '"seed": 7'))
+    saved = file.read_bytes()
+    files.write_json(file, files.read_json(file) | {"seed": 7}, sealed=True)
     with refused(r"differs in seed \(7 there, 1 here\)"):
         study(whole, "control", overrides=same)
-    file.write_text(saved)
+    file.write_bytes(saved)
 
 
 def test_convolutions_on_cpu_run_one_by_one():
