@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,14 @@ from ml_collections import ConfigDict
 
 from aim_flax.errors import InterruptionError
 from aim_flax.train.experiment import Experiment
-from tests.runs import ROOT
+from tests.runs import ROOT, flags
+
+# For processes of CPUs, which talk with each other by gloo; compiled as by `quick_compile`.
+GLOO = {
+    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+}
 
 # (the run's experiment, steps taken before the call, {metric: (seeds, steps of the call)})
 Hook = Callable[[Experiment, int, dict[str, np.ndarray]], None]
@@ -95,6 +104,44 @@ def start(
     )
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def start_one(
+    index: int,
+    count: int,
+    port: int,
+    config: str,
+    workdir: Path,
+    *assignments: str,
+    more: tuple = (),
+) -> subprocess.Popen:
+    """Starts one of several processes, of one device each, that meet at a port of this host.
+
+    Args:
+      more: flags.
+    """
+    command = ("train.py", "--config", config, *flags(*assignments), "--workdir", workdir, *more)
+    where = ("--coordinator", f"localhost:{port}", "--processes", count, "--process-id", index)
+    return start(*command, "--distributed", *map(str, where), **GLOO)
+
+
+def start_several(
+    count: int, config: str, workdir: Path, *assignments: str
+) -> list[subprocess.Popen]:
+    port = free_port()
+    return [start_one(index, count, port, config, workdir, *assignments) for index in range(count)]
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """Returns the numbers of the processes that a process's main thread has started."""
+    file = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(number) for number in file.read_text().split()]
+
+
 def lines_until(process: subprocess.Popen, first: str) -> list[str]:
     """Reads lines of its output up to one that starts so, or to its end."""
     lines = []
@@ -103,6 +150,17 @@ def lines_until(process: subprocess.Popen, first: str) -> list[str]:
         if line.startswith(first):
             break
     return lines
+
+
+def until_saved(workdir: Path, seconds: float = 120.0) -> int:
+    """Waits until a run has a whole checkpoint, and returns the step of its first."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        names = [folder.name for folder in workdir.glob("checkpoints/*")]
+        if steps := [int(name) for name in names if name.isdecimal()]:
+            return min(steps)
+        time.sleep(0.02)
+    raise TimeoutError(f"no checkpoint in {workdir}")
 
 
 def finish(*processes: subprocess.Popen) -> list[str]:

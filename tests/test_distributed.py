@@ -5,14 +5,24 @@ import socket
 import subprocess
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from aim_flax import config as configs
 from aim_flax.train import loop
 from aim_flax.train.restore import restore_run
 from tests.photos import FOLDER_CONFIG, folder, small, write_folder
-from tests.processes import finish, lines_until, start
-from tests.runs import DIGITS, SMALL, digits, flags, history, read_json
+from tests.processes import (
+    GLOO,
+    finish,
+    interrupted,
+    lines_until,
+    start,
+    start_several,
+    until_saved,
+)
+from tests.runs import DIGITS, ROOT, SMALL, digits, flags, history, read_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion", "quick_compile")]
 
@@ -28,17 +38,17 @@ def free_job() -> str:
 
 
 def start_two(config: str, workdir: Path, *assignments: str) -> list[subprocess.Popen]:
-    environment = {
+    environment = GLOO | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
         "SLURM_JOB_ID": free_job(),
         "SLURM_NTASKS": "2",
         "SLURM_STEP_NODELIST": "localhost",
     }
     command = ("train.py", "--config", config, *flags(*assignments), "--workdir", workdir)
     return [
-        start(*command, "--distributed", **environment, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+        start(
+            *command, "--distributed", **GLOO, **environment, SLURM_PROCID=rank, SLURM_LOCALID=rank
+        )
         for rank in ("0", "1")
     ]
 
@@ -82,3 +92,48 @@ def test_each_process_reads_its_share_of_what_streams(tmp_path, kind):
     assert both["test_examples"] == 21
     one, two = (history(tmp_path / run)["train_loss"] for run in ("one", "two"))
     np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+# What a run may have besides, with which processes must agree as well.
+MORE = [(), ("train.accumulate=2", "train.ema_decay=0.9")][:1]
+# 30 steps each: 3 epochs of 10.
+THIRTY = ("train.epochs=3", "train.steps_per_call=1", "train.checkpoint_minutes=0.0")
+RESNET = (
+    *("data.image_shape=(16,16,3)", "data.name=folder", "data.scale=255.0"),
+    *("model.width=4", "model.stage_sizes=(1,1,1,1)", "memory.shape=(2,2,16)"),
+    *("train.batch_size=8", "eval.batch_size=8"),
+)
+
+
+@pytest.mark.parametrize("more", MORE, ids=str)
+@pytest.mark.parametrize(("network", "kind"), [("mlp", "pmap"), ("resnet", "shard_map")])
+def test_thirty_steps_are_the_same_on_other_processes(tmp_path, network, kind, more):
+    """Two are killed, one goes on and is stopped, and four come to the end."""
+    if network == "mlp":
+        name, options = f"{DIGITS}:aim", (*SMALL, "data.train_images=640", "train.batch_size=64")
+    else:
+        photographs = write_folder(tmp_path / "photographs", train=80, size=(16, 16))
+        name = f"{ROOT / 'configs' / 'small_resnet.py'}:aim"
+        options = (*RESNET, f"data.dir={photographs}")
+    options = (*options, *THIRTY, f"parallel={kind}", *more)
+    config = configs.override(configs.load(name), options)
+    loop.run(config, tmp_path / "one", 1, quiet=True)
+
+    run = (name, tmp_path / "many", *options)
+    two = start_several(2, *run)
+    step = until_saved(tmp_path / "many")
+    for process in two:
+        process.kill()
+        process.communicate()
+    with interrupted(step + 10, "saved at step"):
+        loop.run(config, tmp_path / "many", 1, quiet=True)
+    outputs = finish(*start_several(4, *run))
+    assert f"resuming {tmp_path / 'many'} at step {step + 11} of 30" in outputs[0]
+
+    one, many = tmp_path / "one", tmp_path / "many"
+    for column in ("train_loss", "val_loss"):
+        np.testing.assert_allclose(history(many)[column], history(one)[column], rtol=1e-4)
+    assert read_json(many / "summary.json")["steps"] == 30
+    weights = [restore_run(folder, "latest").variables["params"] for folder in (one, many)]
+    for a, b in zip(*map(jax.tree.leaves, weights), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * np.abs(a).max())

@@ -1,7 +1,11 @@
 """The command line of train.py: trains the network of a config."""
 
+import argparse
+import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
+from aim_flax import watch
 from aim_flax.console import CommandParser, as_command, folder, parse_with_overrides
 
 
@@ -26,12 +30,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="this is one of several processes that share the work, as jax.distributed finds them",
     )
     parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 is reached, if nothing says where the processes are",
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    parser.add_argument("--process-id", type=int, metavar="I", help="which this one is, from 0")
+    parser.add_argument(
+        "--start-timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="how long processes wait for one another to come up; default: 300",
+    )
+    parser.add_argument(
         "--other-images",
         action="store_true",
         help="train on, although the images of the classes are others than so far",
     )
     parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
     args, assignments = parse_with_overrides(parser, argv)
+    _check_processes(parser, args)
+    if args.distributed and not args.describe:
+        watch.watched(argv)
 
     # Imported once the flags are checked: JAX, orbax and others take seconds.
     from aim_flax import config as configs
@@ -43,16 +64,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     from aim_flax import devices
     from aim_flax.data.load import open_dataset, with_classes
     from aim_flax.models.describe import describe
-    from aim_flax.train import loop, workdir
+    from aim_flax.train import loop, processes, workdir
 
     if args.describe:
         if config.model.num_classes is None:
             config = with_classes(config, open_dataset(config).classes)
         print(describe(config))
         return
+    place = Path(args.workdir or workdir.default_workdir(config))
+    several = contextlib.nullcontext()
     if args.distributed:
-        jax.distributed.initialize()
-    devices.warn_of_wrong_results()
-    place = args.workdir or workdir.default_workdir(config)
-    quiet = jax.process_index() > 0
-    loop.run(config, place, args.devices, quiet, args.other_images)
+        where = (args.coordinator, args.processes, args.process_id)
+        several = processes.joined(config, place, *where, args.start_timeout)
+    with several:
+        devices.warn_of_wrong_results()
+        quiet = jax.process_index() > 0
+        loop.run(config, place, args.devices, quiet, args.other_images)
+
+
+def _check_processes(parser: CommandParser, args: argparse.Namespace) -> None:
+    where = [args.coordinator, args.processes, args.process_id]
+    if any(flag is not None for flag in where):
+        if not args.distributed:
+            parser.error("--coordinator, --processes and --process-id need --distributed")
+        if None in where:
+            parser.error("--coordinator, --processes and --process-id are given together")
+        host, _, port = args.coordinator.rpartition(":")
+        if not (host and port.isdecimal()):
+            parser.error(f"--coordinator is {args.coordinator!r}, expected HOST:PORT")
+        if not 0 <= args.process_id < args.processes:
+            parser.error(
+                f"--process-id is {args.process_id}, expected 0 to {args.processes - 1}, one less"
+                " than --processes"
+            )
+    if args.start_timeout < 1:
+        parser.error(f"--start-timeout is {args.start_timeout}, expected seconds, at least 1")

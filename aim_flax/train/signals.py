@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from aim_flax import watch
 from aim_flax.console import ENDS
 from aim_flax.errors import InterruptionError
 
@@ -23,7 +24,8 @@ def signals(received: list[int] | None = None) -> Iterator[list[int]]:
     """
     received = [] if received is None else received
     ends = [number for number in ENDS if signal.getsignal(number) != signal.SIG_IGN]
-    with _received(received, ends, once=True):
+    # A parent that watches this process, see `watch.py`, ends it itself on a second one.
+    with _received(received, ends, once=watch.channel() is None):
         yield received
 
 
