@@ -15,6 +15,7 @@ from tests.processes import (
     finish,
     free_port,
     lines_until,
+    start,
     start_one,
     start_several,
     until_saved,
@@ -119,3 +120,13 @@ def test_processes_that_do_not_come_up_are_not_waited_for(tmp_path):
     assert line.startswith("train.py: not all processes came up within 4 s")
     assert process.returncode == LOST
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_must_be_told_where_the_others_are(tmp_path):
+    process = start("train.py", "--config", DIGITS, "--distributed", folder=tmp_path)
+    (line,) = told(process, 60)
+    assert line.startswith(
+        "train.py: --distributed: there is no SLURM, Open MPI, Kubernetes or TPU"
+    )
+    assert process.returncode == 2
+    assert not list(tmp_path.iterdir())

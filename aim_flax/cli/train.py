@@ -92,6 +92,8 @@ def _check_processes(parser: CommandParser, args: argparse.Namespace) -> None:
         host, _, port = args.coordinator.rpartition(":")
         if not (host and port.isdecimal()):
             parser.error(f"--coordinator is {args.coordinator!r}, expected HOST:PORT")
+        if args.processes < 1:
+            parser.error(f"--processes is {args.processes}, expected at least 1")
         if not 0 <= args.process_id < args.processes:
             parser.error(
                 f"--process-id is {args.process_id}, expected 0 to {args.processes - 1}, one less"

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from aim_flax import watch
 from aim_flax.config import to_json
-from aim_flax.console import reporting_errors
-from aim_flax.errors import InterruptionError, UsageError
+from aim_flax.console import fail, reporting_errors
+from aim_flax.errors import BusyError, InterruptionError, UsageError
 
 # A process that gives no sign of life for so long is lost, in seconds, and JAX ends the others.
 SILENCE = 15
@@ -67,7 +67,12 @@ def joined(
         with reporting_errors():
             channel.tell(index=jax.process_index(), count=jax.process_count())
             channel.tell(hosts=_meet(config))
-            yield
+            try:
+                yield
+            except BusyError as error:
+                # As of a host that is gone, whose locks a file system keeps for a minute or two.
+                fail(str(error))
+                _leave(channel, watch.LOST)
     except SystemExit as end:
         if isinstance(end.__context__, InterruptionError):
             raise  # All have saved the state, and end together.
