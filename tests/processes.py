@@ -26,6 +26,8 @@ GLOO = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
 }
 
+_started: list[subprocess.Popen] = []
+
 # (the run's experiment, steps taken before the call, {metric: (seeds, steps of the call)})
 Hook = Callable[[Experiment, int, dict[str, np.ndarray]], None]
 
@@ -94,7 +96,7 @@ def start(
     script: str, *arguments: str | Path, folder: Path | None = None, **environment: str
 ) -> subprocess.Popen:
     """Starts train.py or another script on one device, in a folder (None: this process's)."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         cwd=folder,
         env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | environment,
@@ -102,6 +104,15 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
     )
+    _started.append(process)
+    return process
+
+
+def end_all() -> None:
+    """Ends what `start` has started and a test that failed has left."""
+    while _started:
+        with _started.pop() as process:
+            process.kill()
 
 
 def free_port() -> int:
@@ -152,7 +163,7 @@ def lines_until(process: subprocess.Popen, first: str) -> list[str]:
     return lines
 
 
-def until_saved(workdir: Path, seconds: float = 120.0) -> int:
+def until_saved(workdir: Path, seconds: float = 300.0) -> int:
     """Waits until a run has a whole checkpoint, and returns the step of its first."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -12,6 +12,7 @@ from aim_flax.watch import LOST
 from tests.photos import FOLDER_CONFIG, small, write_folder
 from tests.processes import (
     children,
+    end_all,
     finish,
     free_port,
     lines_until,
@@ -25,6 +26,12 @@ from tests.runs import DIGITS, SMALL, assert_same_end, digits
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion", "quick_compile")]
 
 NO_SIGN = "died, or gave no sign of life for 15 s"
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    yield
+    end_all()
 
 
 def told(process: subprocess.Popen, seconds: float = 30.0) -> list[str]:
