@@ -28,16 +28,25 @@ class Devices:
     Attributes:
       kind: "pmap" or "shard_map".
       count: number of devices, over all hosts.
+      model: what they are, as JAX calls it.
     """
 
-    def __init__(self, kind: str, count: int | None = None):
+    def __init__(
+        self,
+        kind: str,
+        count: int | None = None,
+        available: Sequence[jax.Device] | None = None,
+    ):
         """Takes `count` devices, or all there are.
+
+        Args:
+          available: those there are; None: all of this run's processes.
 
         Raises:
           UsageError: an unknown kind, or more devices than there are.
         """
         check_choice("parallel", kind, KINDS)
-        available = jax.devices()
+        available = jax.devices() if available is None else list(available)
         if count is not None and not 1 <= count <= len(available):
             raise UsageError(
                 f"{count} devices were asked for; there are {len(available)}"
@@ -47,7 +56,7 @@ class Devices:
             raise UsageError("with several hosts all devices are used: leave --devices out")
         self.kind = kind
         self._devices = available[:count]
-        self.count = len(self._devices)
+        self.count, self.model = len(self._devices), self._devices[0].device_kind
         self._mesh = Mesh(np.array(self._devices), (AXIS,))
         self._sharded = NamedSharding(self._mesh, PartitionSpec(AXIS))
         self._replicated = NamedSharding(self._mesh, PartitionSpec())
@@ -85,6 +94,31 @@ class Devices:
             return jax.make_array_from_callback(shape, self._sharded, lambda _: x[None])
 
         return jax.tree.map(put, tree)
+
+    def abstract(self, tree: Any, sharded: bool = False) -> Any:
+        """Returns the shapes, dtypes and places of what `replicate` makes of a tree, or `shard`.
+
+        For a program that is compiled, but does not run: nothing is put on a device.
+
+        Args:
+          tree: of arrays, or of their shapes and dtypes; to be sharded, of all devices' rows.
+        """
+
+        def place(x: Any) -> jax.ShapeDtypeStruct:
+            sharding = self._sharded if sharded else self._replicated
+            shape = x.shape
+            if self.kind == "pmap":
+                sharding = self._sharded
+                rows = (shape[0] // self.count, *shape[1:]) if sharded else shape
+                shape = (self.count, *rows)
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(place, tree)
+
+    def memory(self) -> int | None:
+        """Returns the bytes that each device has; None where it doesn't tell."""
+        stats = self._devices[0].memory_stats()
+        return stats and stats.get("bytes_limit")
 
     def local_rows(self, batch_size: int) -> np.ndarray:
         """Returns which rows of a batch this process's devices compute: (rows,) int."""

@@ -48,9 +48,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="train on, although the images of the classes are others than so far",
     )
-    parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--describe", action="store_true", help="print the network's size and stop"
+    )
+    instead.add_argument(
+        "--compile-for",
+        metavar="TOPOLOGY,...",
+        help="print what a training step costs on chips that need not be here, such as v5e:4x8 or"
+        " h100:8, or on those that are (here), and stop",
+    )
+    parser.add_argument(
+        "--images-per-chip",
+        type=int,
+        metavar="N",
+        help="with --compile-for: a batch of N for each chip, instead of train.batch_size for all",
+    )
     args, assignments = parse_with_overrides(parser, argv)
     _check_processes(parser, args)
+    if args.images_per_chip is not None and args.compile_for is None:
+        parser.error("--images-per-chip goes with --compile-for")
+    if args.compile_for is not None and (args.devices is not None or args.distributed):
+        parser.error("--compile-for says which devices: leave --devices and --distributed out")
     if args.distributed and not args.describe:
         watch.watched(argv)
 
@@ -70,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.model.num_classes is None:
             config = with_classes(config, open_dataset(config).classes)
         print(describe(config))
+        return
+    if args.compile_for is not None:
+        from aim_flax.train.compile_for import compile_for
+
+        compile_for(config, args.compile_for, args.images_per_chip)
         return
     place = Path(args.workdir or workdir.default_workdir(config))
     several = contextlib.nullcontext()

@@ -71,6 +71,10 @@ class TrainBatches(abc.ABC):
         """Returns the data of the steps from `start` until before `stop`, for a seed or several."""
 
     @abc.abstractmethod
+    def shapes(self) -> Any:
+        """Returns the shapes and dtypes, over all devices, of what a seed's feed has for a step."""
+
+    @abc.abstractmethod
     def on_device(
         self, data: Any, seed: jax.Array, step: jax.Array
     ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:

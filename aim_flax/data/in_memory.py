@@ -36,6 +36,11 @@ class TrainBatches(dataset.TrainBatches):
     def feed(self, seed: int | np.ndarray, start: int, stop: int) -> "Feed":
         return Feed(self, seed)
 
+    def shapes(self) -> Any:
+        split = self.dataset.splits["train"]
+        arrays = (split.images, split.labels, np.empty(self.examples, np.int32))
+        return tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
+
     def on_device(self, data: Any, seed: jax.Array, step: jax.Array) -> Callable:
         images, labels, order = data
         local = self.batch_size // self.devices.count

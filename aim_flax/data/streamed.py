@@ -56,6 +56,13 @@ class TrainBatches(dataset.TrainBatches):
         batches = self.dataset.batches("train", self.devices, self.batch_size, which, record)
         return Feed(batches, start)
 
+    def shapes(self) -> Any:
+        shape = (self.batch_size, *self.dataset.shape)
+        return {
+            "images": jax.ShapeDtypeStruct(shape, np.uint8),
+            "labels": jax.ShapeDtypeStruct(shape[:1], np.int32),
+        }
+
     def on_device(self, data: Any, seed: jax.Array, step: jax.Array) -> Callable:
         images, labels = data["images"], data["labels"]
 

@@ -49,6 +49,7 @@ class Experiment:
         config: ConfigDict,
         device_count: int | None = None,
         dataset: Dataset | None = None,
+        devices: Devices | None = None,
     ):
         """Builds the parts; nothing is compiled, written or put on a device yet.
 
@@ -57,6 +58,7 @@ class Experiment:
           device_count: how many devices to use; None for all.
           dataset: that of an experiment with the same groups `data` and `eval`, to share it; None:
             the one that the config names is read.
+          devices: others than the `device_count` of this machine.
 
         Raises:
           UsageError: the config, or a part of it, can't be run.
@@ -66,7 +68,7 @@ class Experiment:
         check_network(config.model)
         check_choice("eval.select_on", config.eval.select_on, ("val", "test"))
         check_choice("train.balance", config.train.balance, BALANCES)
-        self.devices = Devices(config.parallel, device_count)
+        self.devices = devices or Devices(config.parallel, device_count)
         batch_size = config.train.batch_size
         if batch_size % self.devices.count:
             raise UsageError(
@@ -209,6 +211,12 @@ class Experiment:
             return self.devices.map(steps, donate=(0,), sharded=sharded)
 
         return self.program(("train", length, together), build)
+
+    def step_shapes(self) -> tuple[Any, Any, Any]:
+        """Returns the shapes and places of what `train_call` takes: (state, data, seed)."""
+        place, batches = self.devices.abstract, self.train_batches
+        seed = jax.ShapeDtypeStruct((), np.uint32)
+        return place(self.abstract_state), place(batches.shapes(), batches.sharded), place(seed)
 
     def steps_on_device(self, length: int) -> Callable:
         """Returns what one device computes of `train_call`."""
