@@ -80,7 +80,8 @@ def _sized(config: ConfigDict, name: str, count: int, images_per_chip: int | Non
 
 
 def _tell(name: str, experiment: Experiment, place: Topology | None) -> Bounds | None:
-    """Compiles for a topology, and prints what it costs; returns its bounds, if there are any."""
+    """Compiles for a topology, and prints what it costs; returns its bounds, if there are any, and
+    the step fits."""
     count, batch_size = experiment.devices.count, experiment.config.train.batch_size
     print(f"\n{name}: {count} x {experiment.devices.model}, {batch_size // count} of", end=" ")
     print(f"{batch_size:,} images on each", flush=True)
@@ -92,4 +93,5 @@ def _tell(name: str, experiment: Experiment, place: Topology | None) -> Bounds |
     memory = place.chip.memory if place else experiment.devices.memory()
     print(report(costs, batch_size, count, place, memory))
     print(f"  compiled in {costs.seconds:.0f} s", flush=True)
-    return bounds(costs, place) if place else None
+    fits = memory is None or costs.peak <= memory
+    return bounds(costs, place) if place and fits else None

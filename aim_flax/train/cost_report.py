@@ -63,6 +63,8 @@ def report(
     """
     state = costs.parameters + costs.statistics + costs.optimizer + costs.batch
     share = f"  {costs.peak / memory:.0%} of {binary(memory)}" if memory else ""
+    if memory and costs.peak > memory:
+        share += ": does not fit"
     found = bounds(costs, topology) if topology else None
     chip = topology.chip if topology else None
     rows = [
