@@ -21,6 +21,7 @@ from aim_flax.errors import (
     DivergenceError,
     InterruptionError,
     NotFiniteError,
+    StorageError,
     UsageError,
 )
 from aim_flax.files import write_json
@@ -77,7 +78,8 @@ class ProgressFile:
     """A JSON file that says how far work is, for people and programs that watch it.
 
     It has `step`, `steps`, `share` (0 to 1), `hours` so far and `hours_left`, None before that can
-    be judged. It is written at most every ten seconds, and when it is told to.
+    be judged. It is written at most every ten seconds, and when it is told to. The work does not
+    need it: where it can't be written, what it said before stays.
     """
 
     def __init__(self, path: Path):
@@ -101,7 +103,8 @@ class ProgressFile:
         where = {"step": pace.step, "steps": steps, "share": round(pace.step / steps, 4)}
         hours = {"hours": round(seconds / 3600, 4)}
         hours["hours_left"] = None if left is None else round(left / 3600, 4)
-        write_json(self._path, more | where | hours)
+        with contextlib.suppress(OSError):
+            write_json(self._path, more | where | hours)
 
 
 class Reporter:
@@ -269,6 +272,33 @@ def parse_with_overrides(
     return args, assignments
 
 
+def _without_noise() -> Callable[[], None]:
+    """Keeps off the terminal what libraries' threads say of errors that they raise as well.
+
+    Orbax logs every step of every checkpoint, and of a write that failed the tracebacks of all its
+    threads; asyncio and tensorstore tell what became of the rest.
+
+    Returns:
+      A function that ends it.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def tell(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    def end() -> None:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = tell
+    return end
+
+
 def as_command(stopped: str = "") -> Callable[[Callable[[Any], None]], Callable[..., None]]:
     """Makes a program's main of a function of its flags, which reports errors.
 
@@ -283,6 +313,8 @@ def as_command(stopped: str = "") -> Callable[[Callable[[Any], None]], Callable[
         def run(argv: Sequence[str] | None = None) -> None:
             if argv is None:
                 end_on_signals(stopped)
+                # To the end of the process: threads may outlive the command.
+                _without_noise()
             with reporting_errors():
                 main(argv)
 
@@ -344,16 +376,16 @@ def end_process(signum: int, stopped: str = "") -> NoReturn:
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
     """Makes one line and an exit status of what a user did wrong; for a block or a command."""
-    # Orbax and absl log every step of every checkpoint, which nobody needs to see.
-    logging.getLogger("absl").setLevel(logging.ERROR)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            stack.callback(_without_noise())
+            yield
     except UsageError as error:
         fail(str(error))
         sys.exit(2)
-    except (DataError, DivergenceError, NotFiniteError) as error:
+    except (DataError, DivergenceError, NotFiniteError, StorageError) as error:
         fail(str(error))
         sys.exit(1)
     except InterruptionError as error:

@@ -28,6 +28,13 @@ class NotFiniteError(RuntimeError):
     """The loss on a whole split is NaN or infinite, so that the accuracy says nothing."""
 
 
+class StorageError(RuntimeError):
+    """Something can't be written: the disk is full, read-only or broken, or the folder is gone.
+
+    What was written before is whole.
+    """
+
+
 class DataError(RuntimeError):
     """A record of a dataset that can't be used; the message names it."""
 

@@ -2,16 +2,18 @@
 
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aim_flax.errors import UsageError
+from aim_flax.errors import StorageError, UsageError
 from aim_flax.names import fonts
 
 if TYPE_CHECKING:
@@ -20,6 +22,19 @@ if TYPE_CHECKING:
 
 
 _DIGEST = "digest"
+# What a disk refuses, in words, and what to do about it.
+_REFUSALS = {
+    errno.ENOSPC: ("disk full", "free space"),
+    errno.EDQUOT: ("disk quota used up", "free space"),
+    errno.EFBIG: ("file larger than this process may write", "raise the limit"),
+    errno.EROFS: ("disk read-only", "make it writable"),
+    errno.EACCES: ("no permission to write", "give it"),
+    errno.EPERM: ("no permission to write", "give it"),
+    errno.EIO: ("disk error", "mend the disk"),
+    errno.ENOENT: ("folder gone", "put it back"),
+}
+# Of those, what another place would not be asked for.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -49,11 +64,36 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turns the errors of writing into a folder into a UsageError of one line."""
+    """Turns the errors of writing into a folder into one line.
+
+    Raises:
+      StorageError: the disk is full or broken.
+      UsageError: nothing can be written there.
+    """
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{folder} is not writable: {error.strerror}") from None
+        if error.errno in _FULL:
+            what, advice = _REFUSALS[error.errno]
+            raise StorageError(
+                f"{what} while {folder} was written to; {advice} and start the same command again"
+            ) from None
+        raise UsageError(f"{folder} is not writable: {error.strerror or error}") from None
+
+
+def refused(error: BaseException) -> tuple[str, str] | None:
+    """Returns what a disk refused, in words, and what to do about it; None of any other error.
+
+    Args:
+      error: of Python; of tensorstore, which has the system's number in its text; or a StorageError
+        that was made of one.
+    """
+    if isinstance(error, StorageError) and error.__cause__ is not None:
+        error = error.__cause__
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):
+        number = int(found[1])
+    return _REFUSALS.get(number)
 
 
 def check_outputs(asked: Sequence[tuple[str, Path]]) -> None:

@@ -20,7 +20,14 @@ from ml_collections import ConfigDict
 from aim_flax import config as configs
 from aim_flax.console import Part, Reporter
 from aim_flax.data.in_memory import InMemory
-from aim_flax.errors import BusyError, DivergenceError, InterruptionError, UsageError
+from aim_flax.errors import (
+    BusyError,
+    DivergenceError,
+    InterruptionError,
+    StorageError,
+    UsageError,
+)
+from aim_flax.files import writing
 from aim_flax.study import report as study_report
 from aim_flax.study.plan import NOT_RECORDED, Study, format_ranges
 from aim_flax.study.record import SECONDS_TO_WAIT, add, merge, read_study
@@ -98,6 +105,7 @@ def run(
         something else.
       DataError: an image can't be read; the state is saved.
       InterruptionError: SIGTERM or Ctrl-C; the state is saved.
+      StorageError: something can't be written, or a run's workdir or the study's is gone.
     """
     if seeds_per_program is not None and seeds_per_program < 1:
         raise UsageError(f"seeds per program: {seeds_per_program}, expected at least 1, or auto")
@@ -162,7 +170,8 @@ def write_report(
         rows, histories = _results(workdir, study)
         if compared:
             title, commands = f"Ablation of {study.name}", "\n".join(study.commands)
-            study_report.write(workdir, rows, histories, study.reference, title, commands)
+            with writing(workdir):
+                study_report.write(workdir, rows, histories, study.reference, title, commands)
     if not quiet:
         print(arm_table(rows, study.reference if compared else None))
         if compared:
@@ -303,6 +312,12 @@ def _train(workdir: Path, work: list[Work], quiet: bool, other_images: bool) -> 
     # A signal may come between two runs, too.
     with signals.signals() as received, reporter:
         while work:
+            # Not made anew by the next run.
+            if not (workdir / STUDY).is_file():
+                raise StorageError(
+                    f"{workdir} was deleted, moved or emptied while {work[0].label} was next; the"
+                    " study ends here, and writes nothing more"
+                )
             item = work.pop(0)
             part = Part(reporter, item.label, done, len(item.seeds), received)
             try:

@@ -2,10 +2,14 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import logging
+import os
+import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from aim_flax.errors import UsageError
+from aim_flax.errors import StorageError, UsageError
+from aim_flax.files import refused
 from aim_flax.train.digest import DigestRestore, DigestSave, changed
 from aim_flax.train.step import TrainState, variables_of
 
@@ -24,6 +29,7 @@ from aim_flax.train.step import TrainState, variables_of
 _KEEP_LATEST = 2
 _SET_ASIDE = "set-aside-"
 _DIGESTS = "digests"
+_ATTEMPTS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +71,29 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, read_only: bool = False):
-        self._directory = directory.resolve()
+        """Opens the directory, or makes it; its parent exists."""
+        self._directory, self._read_only = directory.resolve(), read_only
         if read_only and not directory.is_dir():
             raise UsageError(f"there are no checkpoints in {directory}")
+        self._manager = self._open()
+        # The step of the last save, until it is known how that went.
+        self._writing: int | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        if not self._read_only:
+            self._directory.mkdir(exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=LatestN(_KEEP_LATEST),
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
+            create=False,
+        )
         with _quiet():
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=LatestN(_KEEP_LATEST),
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-            )
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            return ocp.CheckpointManager(self._directory, options=options)
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
 
     @property
     def steps(self) -> Sequence[int]:
@@ -95,6 +114,9 @@ class Checkpoints:
         Args:
           step, progress, state, best: as in `Checkpoint`; `best` may be left out if it is the
             network of the state.
+
+        Raises:
+          StorageError: as `wait` does, of this checkpoint or of the one before.
         """
         trees = {
             name: jax.tree.map(np.asarray, tree)
@@ -106,10 +128,12 @@ class Checkpoints:
             progress=ocp.args.JsonSave(progress),
             digests=DigestSave({**trees, "progress": progress}),
         )
-        if step in self.steps:
-            self.wait()
-            self.set_aside_after(step - 1)
-        self._manager.save(step, args=arguments, force=True)
+        self.wait()
+        with self._writes(step):
+            if step in self.steps:
+                self.set_aside_after(step - 1)
+            self._manager.save(step, args=arguments, force=True)
+            self._writing = step
 
     def restore(self, step: int, like: TrainState) -> Checkpoint:
         """Returns the checkpoint of a step, with the structure, shapes and dtypes of `like`.
@@ -231,11 +255,61 @@ class Checkpoints:
         return variables_of(found.state), found.step
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until what was saved is on disk.
+
+        Raises:
+          StorageError: it could not be written. Nothing is left of it, those before are whole, and
+            others can be saved.
+        """
+        if self._writing is not None:
+            with self._writes(self._writing):
+                self._manager.wait_until_finished()
+            self._writing = None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether nothing is being written, so that `wait` returns at once."""
+        return not self._manager.is_saving_in_progress()
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits, and raises, as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writes(self, step: int) -> Iterator[None]:
+        """Turns the errors of writing a checkpoint into a StorageError, and clears up."""
+        try:
+            yield
+        except Exception as error:
+            gone = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            cause = error if self._directory.is_dir() else gone
+            if (why := refused(cause)) is None:
+                raise
+            self._writing = None
+            self._give_up(step)
+            raise StorageError(
+                f"{why[0]}: the checkpoint of step {step} could not be written"
+            ) from cause
+
+    def _give_up(self, step: int) -> None:
+        """Removes what there is of a checkpoint that could not be written."""
+        with _quiet(), contextlib.suppress(Exception):
+            self._manager.close()
+        if jax.process_index() == 0:
+            # Threads that have not noticed yet may write more.
+            for _ in range(_ATTEMPTS):
+                unfinished = list(self._directory.glob(f"{step}.*tmp*"))
+                if not unfinished:
+                    break
+                for folder in unfinished:
+                    shutil.rmtree(folder, ignore_errors=True)
+                time.sleep(0.1)
+        # Orbax's list of checkpoints lacks those that it was about to delete.
+        if self._directory.is_dir():
+            self._manager = self._open()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from ml_collections import ConfigDict
 
 from aim_flax.console import Pace, Part, ProgressFile, Reporter
 from aim_flax.devices import any_process
-from aim_flax.errors import DataError, DivergenceError, NotFiniteError
-from aim_flax.files import read_json, write_json
+from aim_flax.errors import DataError, DivergenceError, NotFiniteError, StorageError
+from aim_flax.evaluate.evaluation import Evaluation
+from aim_flax.files import read_json, refused, write_json, writing
 from aim_flax.train import dataset_record, report
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import Experiment
@@ -37,6 +38,7 @@ from aim_flax.train.workdir import (
     can_go_on,
     check_claim,
     claimed,
+    identity,
     is_finished,
     mark_diverged,
     raise_epochs,
@@ -71,6 +73,8 @@ def run(
       DivergenceError: the loss became NaN or infinite; the best network before it is saved.
       DataError: an image can't be read; the state is saved.
       InterruptionError: SIGTERM or Ctrl-C; the state is saved.
+      StorageError: the results, or the state when the run is to end, can't be written; or the
+        workdir is gone.
     """
     experiment = Experiment(config, device_count)
     return train(experiment, Path(workdir), quiet, other_images=other_images)
@@ -147,11 +151,14 @@ class Loop:
         for split, indices in self.progress[0].skipped.items():
             self.experiment.dataset.skipped[split].update(indices)
         self.step = int(np.ravel(states.step)[0])
+        # At most: what is compressed may take less.
+        self.checkpoint_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((states, best)))
         # What the latest checkpoint holds.
         self.saved = self._how_far() if self.step in self.checkpoints.steps else None
         self.states, self.best = self.devices.replicate(states), self.devices.replicate(best)
         self.pace = Pace(self.experiment.total_steps, self.step)
         self.files = [ProgressFile(workdir / PROGRESS) for workdir in workdirs]
+        self.identities = [identity(workdir) for workdir in workdirs]
         self.began = self.saved_at = time.monotonic()
         self.seconds_before = [progress.seconds for progress in self.progress]
 
@@ -191,7 +198,8 @@ class Loop:
         self.part.say(f"starting from {record['weights']} ({record['sha256'][:12]}){head}")
         if jax.process_index() == 0:
             for workdir in self.workdirs:
-                write_json(workdir / PRETRAINED, record)
+                with writing(workdir):
+                    write_json(workdir / PRETRAINED, record)
 
     @property
     def alive(self) -> list[int]:
@@ -202,8 +210,8 @@ class Loop:
         """Trains to the end, leaves each run's results in its workdir, and returns the summaries.
 
         Raises:
-          DivergenceError, DataError, InterruptionError: as `run` does. One of several runs that
-            diverges is marked (`mark_diverged`), and the others continue.
+          DivergenceError, DataError, InterruptionError, StorageError: as `run` does. One of several
+            runs that diverges is marked (`mark_diverged`), and the others continue.
         """
         experiment, config = self.experiment, self.config
         seeds = np.array([run.config.seed for run in self.runs], np.uint32)
@@ -221,6 +229,8 @@ class Loop:
             seed = self.devices.replicate(np.asarray(seed, np.uint32))
             select = experiment.evaluate(config.eval.select_on, self.together)
             probe = experiment.memory_probe(self.together)
+            if not self._done():
+                self._look_at_space()
             if self._awaits_evaluation():
                 self._end_epoch(select, probe, events)
                 if self._done():
@@ -241,16 +251,23 @@ class Loop:
                 self.step += length
                 minutes = (time.monotonic() - self.saved_at) / 60
                 due, times = minutes >= config.train.checkpoint_minutes, len(asked)
-                stop, save = any_process(bool(received), due or times > 0)
+                flags = bool(received), due or times > 0, self._is_gone()
+                stop, save, gone = any_process(*flags)
+                if gone:
+                    raise self._lost()
                 if length == left_in_epoch and self.alive:
                     shown = self._end_epoch(select, probe, events) or shown
                 done = self._done()
-                if done or stop or save:
+                if stop and not done:
+                    self._save_now()
+                elif done or save:
                     self._save()
+                elif self.checkpoints.is_written:
+                    self._wait()
                 if times:
                     del asked[:times]  # Another may have come since.
-                    self.checkpoints.wait()
-                    self.part.say(f"SIGUSR1: saved at step {self.step}")
+                    if self._wait() and self.saved is not None:
+                        self.part.say(f"SIGUSR1: saved at step {self.step}")
                 self.part.advance(self.step, shown)
                 self._write_progress(done, stop or length == left_in_epoch)
                 if stop and not done:
@@ -280,7 +297,10 @@ class Loop:
         # Saving needs all processes, and the others may have read their images.
         if jax.process_count() > 1 or not self.step:
             return error
-        self._save()
+        try:
+            self._save_now()
+        except StorageError as unsaved:
+            return DataError(f"{error}; {unsaved}")
         self.checkpoints.close()
         return DataError(
             f"{error}; saved at step {self.step}, the same command continues from there"
@@ -329,11 +349,13 @@ class Loop:
         if self.together or step is None:
             return
         best_step = self.progress[0].best_step
-        self.checkpoints.wait()
+        self._wait()
         if best_step is not None and best_step not in self.checkpoints.steps:
             best = self.devices.fetch(self.best)
-            self.checkpoints.save(best_step, self._as_json(), best=best)
-            self.checkpoints.wait()
+            # Of a disk that refuses, it is said below what was saved before.
+            with contextlib.suppress(StorageError):
+                self.checkpoints.save(best_step, self._as_json(), best=best)
+                self.checkpoints.wait()
         steps = self.checkpoints.steps
         self.checkpoints.close()
         kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "none saved"
@@ -393,16 +415,98 @@ class Loop:
         of_runs = [dataclasses.asdict(progress) for progress in self.progress]
         return {"runs": of_runs, "best_step": None} if self.together else of_runs[0]
 
+    def _look_at_space(self) -> None:
+        """Says if the disk has no space for the checkpoints that are there at a time."""
+        free, size = shutil.disk_usage(self.checkpoints.directory).free, self.checkpoint_bytes
+        if free < (3 - len(self.checkpoints.steps)) * size:
+            self.part.say(
+                f"{free / 1e6:,.1f} MB are free for {self.checkpoints.directory}, and a checkpoint"
+                f" takes up to {size / 1e6:,.1f} MB: fewer than three fit, of which two are kept"
+                " while one is written"
+            )
+
     def _save(self) -> None:
+        """Starts to write a checkpoint, unless it is written; if it can't be, training goes on."""
         if self.saved == self._how_far():
             return
+        self._wait()
+        with self._going_on():
+            self._start_to_save()
+
+    def _save_now(self) -> None:
+        """Saves, and waits until that is on disk.
+
+        Raises:
+          StorageError: it can't be written.
+        """
+        with self._needed():
+            if self.saved != self._how_far():
+                with self._going_on():
+                    self.checkpoints.wait()
+                self._start_to_save()
+            self.checkpoints.wait()
+
+    def _wait(self) -> bool:
+        """Waits for what is being saved, and returns whether it is on disk."""
+        with self._going_on():
+            self.checkpoints.wait()
+            return True
+        return False
+
+    def _start_to_save(self) -> None:
+        self.saved_at = time.monotonic()
         best_steps = {progress.best_step for progress in self.progress}
         # A best network that the state itself has is not written twice.
         best = None if best_steps <= {None, self.step} else self.devices.fetch(self.best)
         state = self.devices.fetch(self.states)
         self.checkpoints.save(self.step, self._as_json(), state, best)
-        self.saved_at = time.monotonic()
         self.saved = self._how_far()
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Says that a checkpoint can't be written; the next one is tried at its time."""
+        try:
+            yield
+        except StorageError as error:
+            # The others wait for this one.
+            if jax.process_count() > 1:
+                raise
+            self.saved = None
+            steps = self.checkpoints.steps
+            kept = f"that of step {steps[-1]} is whole" if steps else "there is none yet"
+            self.part.say(f"{error}, {kept}; training goes on, and the next one is tried")
+
+    @contextlib.contextmanager
+    def _needed(self) -> Iterator[None]:
+        """Makes one line of the errors of writing what a run can't end without."""
+        try:
+            yield
+        except (OSError, StorageError) as error:
+            if (why := refused(error)) is None:
+                raise
+            what, advice = why
+            steps = self.checkpoints.steps
+            kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "nothing was saved"
+            raise StorageError(
+                f"{what} at step {self.step}; {kept}; {advice} and start the same command again"
+            ) from error
+
+    def _is_gone(self) -> bool:
+        """Returns whether a workdir was deleted, moved or emptied since the run began."""
+        # The process that has its lock.
+        if jax.process_index() != 0:
+            return False
+        return self.identities != [identity(workdir) for workdir in self.workdirs]
+
+    def _lost(self) -> StorageError:
+        found = zip(self.workdirs, self.identities, strict=True)
+        gone = [str(workdir) for workdir, before in found if identity(workdir) != before]
+        with contextlib.suppress(Exception):
+            self.checkpoints.close()
+        return StorageError(
+            f"{', '.join(gone[:3]) or self.workdirs[0]} was deleted, moved or emptied while the run"
+            f" was at step {self.step}; it ends here, and writes nothing more"
+        )
 
     def _how_far(self) -> tuple[int, int]:
         """Returns the step, and for how many epochs the runs have been evaluated."""
@@ -413,7 +517,9 @@ class Loop:
             progress = self.progress[i]
             events[i].write(progress.history[-1], progress.wait_share)
             if jax.process_index() == 0:
-                report.write_metrics(self.workdirs[i], progress.history)
+                # All of it is written again after the next epoch, and at the end.
+                with contextlib.suppress(OSError):
+                    report.write_metrics(self.workdirs[i], progress.history)
 
     def _write_progress(self, done: bool, now: bool) -> None:
         """Says in each run's workdir how far it is; `now`, or if that was long ago."""
@@ -434,8 +540,16 @@ class Loop:
         self._as_json()  # brings the training time up to date
         tests = self.experiment.evaluate("test", self.together)(self.best) if self.alive else None
         best, last = self.devices.fetch(self.best), self.devices.fetch(self.states)
-        self.checkpoints.wait()
+        if any_process(self._is_gone())[0]:
+            raise self._lost()
+        self._save_now()
         self.checkpoints.close()
+        with self._needed():
+            return self._write_results(tests, best, last)
+
+    def _write_results(
+        self, tests: Sequence[Evaluation] | None, best: Any, last: Any
+    ) -> list[dict[str, Any]]:
         summaries, not_finite = [], []
         for i, (run, workdir) in enumerate(zip(self.runs, self.workdirs, strict=True)):
             progress = self.progress[i]

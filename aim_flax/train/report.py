@@ -1,5 +1,7 @@
 """Tables, plots and TensorBoard events of a run."""
 
+import contextlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from aim_flax.files import save_figure, write_csv
 from aim_flax.plots import marker, set_epochs, set_title, short
@@ -42,35 +46,74 @@ def write_metrics(workdir: Path, history: History) -> None:
 class Events:
     """TensorBoard events of a run from `step` on; later events of an earlier process are purged.
 
-    A context manager; of several processes, the first one writes.
+    A context manager; of several processes, the first one writes. What can't be written is kept,
+    and written with the next epoch's: a run does not need its events. They are written at once, and
+    not by tensorboardX's `SummaryWriter`, whose thread ends on an error of the disk: after that it
+    waits for ever.
     """
 
     def __init__(self, workdir: Path, step: int):
-        self._writer = SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=step + 1,
-            write_to_disk=jax.process_index() == 0,
-        )
+        self._folder, self._files = workdir / "tensorboard", 0
+        self._writer: EventsWriter | None = None
+        # All of the steps before are written.
+        self._first, self._events = step + 1, []
+        self._write()
 
     def __enter__(self) -> "Events":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._writer.close()
+        self._write()
+        self._close()
 
     def write(self, row: dict[str, Any], data_wait_share: float | None) -> None:
         """Writes an epoch's row of the history, and the share of time spent waiting for data."""
-        if data_wait_share is not None:
-            self._writer.add_scalar("data_wait_share", data_wait_share, row["step"])
+        scalars = {} if data_wait_share is None else {"data_wait_share": data_wait_share}
         for column in HISTORY_COLUMNS[2:]:
             split, _, metric = column.partition("_")
             tag = f"{split}/{metric}" if split in ("train", "val") else column
-            self._writer.add_scalar(tag, row[column], row["step"])
+            scalars[tag] = row[column]
         for layer, norms in row["memory_use"].items():
             # If its own output is 0 there is no ratio, and tensorboardX would warn of each NaN.
             if norms["own"]:
-                ratio = norms["share"] / norms["own"]
-                self._writer.add_scalar(f"memory_use/{layer}", ratio, row["step"])
+                scalars[f"memory_use/{layer}"] = norms["share"] / norms["own"]
+        for tag, value in scalars.items():
+            summary = scalar(tag, value)
+            self._events.append(Event(summary=summary, step=row["step"], wall_time=time.time()))
+        self._write()
+
+    def _write(self) -> None:
+        """Writes the events that are left, as far as it can."""
+        if jax.process_index() != 0:
+            self._events = []
+            return
+        try:
+            if self._writer is None:
+                self._folder.mkdir(exist_ok=True)
+                # In a file of its own, behind one that may end within an event.
+                suffix = f".{self._files}" if self._files else ""
+                self._files += 1
+                self._writer = EventsWriter(str(self._folder / "events"), suffix)
+                # TensorBoard forgets what earlier files have from this step on.
+                start = SessionLog(status=SessionLog.START)
+                self._writer.write_event(
+                    Event(step=self._first, session_log=start, wall_time=time.time())
+                )
+            for event in self._events:
+                self._writer.write_event(event)
+            self._writer.flush()
+        except OSError:
+            self._close()
+        else:
+            if self._events:
+                self._first = self._events[-1].step + 1
+            self._events = []
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._writer = None
 
 
 def plot_history(

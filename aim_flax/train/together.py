@@ -15,7 +15,7 @@ import jax
 
 from aim_flax.console import Part
 from aim_flax.errors import UsageError
-from aim_flax.files import read_json, write_json
+from aim_flax.files import read_json, write_json, writing
 from aim_flax.train import dataset_record
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.loop import Loop, check_dataset
@@ -59,6 +59,7 @@ def train_together(
       UsageError: `check_together`'s, or a workdir holds something else, or another process is at
         work in one (BusyError).
       InterruptionError: SIGTERM or Ctrl-C; the state is saved.
+      StorageError: as `run` does.
     """
     check_together(experiment)
     runs = [experiment.with_seed(seed) for seed in seeds]
@@ -70,10 +71,11 @@ def train_together(
             dataset_record.write(workdir, run.dataset.fingerprint, run.epoch_steps)
         if unfinished_group(folder) != list(seeds):
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_json(folder / _SEEDS, list(seeds))
+            with writing(folder):
+                folder.mkdir(parents=True)
+                write_json(folder / _SEEDS, list(seeds))
         Loop(runs, workdirs, folder / "checkpoints", part).train()
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def unfinished_group(folder: Path) -> list[int]:

@@ -262,6 +262,19 @@ def raise_epochs(workdir: Path, config: ConfigDict) -> str | None:
     return f"{workdir}: {old} epochs become {new}"
 
 
+def identity(workdir: Path) -> tuple[int, int] | None:
+    """Returns what tells a workdir that is `held` from any in its place; None if it is gone.
+
+    It is the lock file's: as long as a process has that open, nothing else can have the same.
+    """
+    try:
+        (workdir / "config.json").stat()
+        lock = (workdir / LOCK).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return lock.st_dev, lock.st_ino
+
+
 @contextlib.contextmanager
 def held(workdir: Path, wait: float = 0.0) -> Iterator[None]:
     """Keeps other processes out of a workdir; all processes of a run must call this.
@@ -292,7 +305,8 @@ def held(workdir: Path, wait: float = 0.0) -> Iterator[None]:
 
 def mark_diverged(workdir: Path, step: int) -> None:
     """Notes in a run's workdir that its loss was not finite at `step`, for its row in tables."""
-    write_json(workdir / "diverged.json", {"step": step})
+    with files.writing(workdir):
+        write_json(workdir / "diverged.json", {"step": step})
 
 
 def divergence(workdir: Path) -> int | None:
