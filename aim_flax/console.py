@@ -31,7 +31,8 @@ COMMAND = "aim-flax"
 _SECONDS_BETWEEN_FILES = 10.0
 # What the system refuses because of how the machine is, not of what the code does.
 _OF_THE_MACHINE = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
 )
 
@@ -272,7 +273,7 @@ def parse_with_overrides(
     return args, assignments
 
 
-def _without_noise() -> Callable[[], None]:
+def without_noise() -> Callable[[], None]:
     """Keeps off the terminal what libraries' threads say of errors that they raise as well.
 
     Orbax logs every step of every checkpoint, and of a write that failed the tracebacks of all its
@@ -314,7 +315,7 @@ def as_command(stopped: str = "") -> Callable[[Callable[[Any], None]], Callable[
             if argv is None:
                 end_on_signals(stopped)
                 # To the end of the process: threads may outlive the command.
-                _without_noise()
+                without_noise()
             with reporting_errors():
                 main(argv)
 
@@ -380,7 +381,7 @@ def reporting_errors() -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with contextlib.ExitStack() as stack:
-            stack.callback(_without_noise())
+            stack.callback(without_noise())
             yield
     except UsageError as error:
         fail(str(error))
@@ -399,7 +400,7 @@ def reporting_errors() -> Iterator[None]:
         if error.errno not in _OF_THE_MACHINE:
             raise
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        sys.exit(1)
+        sys.exit(2 if error.errno == errno.ENAMETOOLONG else 1)
     except RuntimeError as error:
         line = str(error).partition("\n")[0]
         if line.startswith("Unable to initialize backend"):

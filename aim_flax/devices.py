@@ -5,6 +5,7 @@ the same data, a mapped function takes its device's part by its index along the 
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -60,6 +61,19 @@ class Devices:
         self._mesh = Mesh(np.array(self._devices), (AXIS,))
         self._sharded = NamedSharding(self._mesh, PartitionSpec(AXIS))
         self._replicated = NamedSharding(self._mesh, PartitionSpec())
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory of one device; None if that isn't known.
+
+        CPU devices share the machine's.
+        """
+        if self._devices[0].platform == "cpu":
+            if "SC_PHYS_PAGES" not in os.sysconf_names:
+                return None
+            here = sum(d.process_index == jax.process_index() for d in self._devices)
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
+        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
     def map(
         self, fn: Callable, donate: Sequence[int] = (), sharded: Sequence[int] = ()

@@ -96,6 +96,15 @@ def refused(error: BaseException) -> tuple[str, str] | None:
     return _REFUSALS.get(number)
 
 
+def check_kind(path: Path, folder: bool = False) -> None:
+    """Raises UsageError if something else than a file (a folder) is where one belongs."""
+    if not path.exists() or (path.is_dir() if folder else path.is_file()):
+        return
+    other = "a folder" if path.is_dir() else "a pipe or a device"
+    there = "a file" if path.is_file() else other
+    raise UsageError(f"{path} is {there}, expected a {'folder' if folder else 'file'}")
+
+
 def check_outputs(asked: Sequence[tuple[str, Path]]) -> None:
     """Raises UsageError unless files can be written at the places that flags name, one at each.
 
@@ -180,7 +189,12 @@ def read_json(path: Path) -> Any:
       UsageError: it is missing, no file, or damaged; or it was sealed and is not what was written.
     """
     try:
+        # Reading a pipe waits for ever.
+        if not path.is_dir():
+            check_kind(path)
         content = json.loads(path.read_text(encoding="utf-8"))
+    except UsageError:
+        raise
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{path} not found: {path.parent} is no run's workdir") from None
     except OSError as error:

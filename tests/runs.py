@@ -5,12 +5,14 @@ import csv
 import dataclasses
 import json
 import re
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tensorboardX.proto.event_pb2 import Event
 
 from aim_flax import config as configs
 from aim_flax import files
@@ -115,6 +117,19 @@ def history(workdir: Path) -> dict[str, np.ndarray]:
     """Returns the columns of a run's metrics.csv."""
     rows = read_csv(workdir / "metrics.csv")
     return {column: np.array([float(row[column]) for row in rows]) for column in rows[0]}
+
+
+def scalars(workdir, tag):
+    """Returns {step: value} of a tag in a run's TensorBoard events."""
+    (file,) = (workdir / "tensorboard").iterdir()
+    data, at, found = file.read_bytes(), 0, {}
+    while at < len(data):
+        # A record is its size in 8 bytes, 4 of checksum, itself, 4 of checksum.
+        (size,) = struct.unpack_from("<Q", data, at)
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        found.update((event.step, v.simple_value) for v in event.summary.value if v.tag == tag)
+        at += size + 16
+    return found
 
 
 def snapshot(folder: Path) -> dict[Path, int]:

@@ -446,8 +446,7 @@ def test_memory_use_has_a_bar_per_layer(tmp_path, monkeypatch, count):
 
 def test_shares_of_nothing_are_no_events(tmp_path, caplog, capsys):
     uses = {"read a": {"share": 1.0, "own": 0.0}, "read b": {"share": 1.0, "own": 2.0}}
-    with run_report.Events(tmp_path, 0) as events:
-        events.write(history_of(uses)[0], None)
+    run_report.Events(tmp_path, 0).write(history_of(uses)[0], None)
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"memory_use/read_b" in file.read_bytes()
     assert b"memory_use/read_a" not in file.read_bytes()

@@ -1,32 +1,17 @@
 """Time spent waiting for data is counted, in the summary and in TensorBoard."""
 
 import json
-import struct
 import time
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from aim_flax.data import in_memory
 from aim_flax.train import loop
-from tests.runs import digits
+from tests.runs import digits, scalars
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
 SECONDS = 0.25
-
-
-def scalars(workdir, tag):
-    """Returns {step: value} of a tag in a run's TensorBoard events."""
-    (file,) = (workdir / "tensorboard").iterdir()
-    data, at, found = file.read_bytes(), 0, {}
-    while at < len(data):
-        # A record is its size in 8 bytes, 4 of checksum, itself, 4 of checksum.
-        (size,) = struct.unpack_from("<Q", data, at)
-        event = Event.FromString(data[at + 12 : at + 12 + size])
-        found.update((event.step, v.simple_value) for v in event.summary.value if v.tag == tag)
-        at += size + 16
-    return found
 
 
 def test_a_run_whose_data_is_slow_shows_it(tmp_path, monkeypatch):

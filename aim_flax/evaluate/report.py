@@ -112,9 +112,10 @@ def write_evaluation(
         "mistakes": wrong,
     }
     # The picture first: the rows of the JSON file are those of its images.
-    (folder / f"mistakes_{name}.png").unlink(missing_ok=True)
     if sheet is not None:
         write_bytes(folder / f"mistakes_{name}.png", sheet)
+    else:
+        (folder / f"mistakes_{name}.png").unlink(missing_ok=True)
     write_json(folder / f"eval_{name}.json", result)
 
 

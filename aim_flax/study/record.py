@@ -23,12 +23,16 @@ def read_study(workdir: Path) -> Study | None:
       UsageError: the workdir holds something else.
     """
     if (workdir / STUDY).is_file():
-        saved = {"commands": [NOT_RECORDED]} | files.read_json(workdir / STUDY)
-        arms = {
-            name: Arm(ConfigDict(arm.pop("config")), arm.pop("seeds"), origin=arm)
-            for name, arm in saved["arms"].items()
-        }
-        return Study(**saved | {"arms": arms})
+        content = files.read_mapping(workdir / STUDY, ("name", "arms"), "study")
+        saved = {"commands": [NOT_RECORDED]} | content
+        try:
+            arms = {
+                name: Arm(ConfigDict(arm.pop("config")), arm.pop("seeds"), origin=arm)
+                for name, arm in saved["arms"].items()
+            }
+            return Study(**saved | {"arms": arms})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UsageError(f"{workdir / STUDY} is damaged: {error!r}") from None
     if workdir.exists():
         if not workdir.is_dir():
             raise UsageError(f"{workdir} is a file, expected a directory")

@@ -26,6 +26,7 @@ def exists(workdir: Path) -> bool:
 
 def read(workdir: Path) -> Fingerprint | None:
     """Returns the images of a workdir's run; None if it is from before this was recorded."""
+    files.check_kind(workdir / DATASET)
     if not (workdir / DATASET).is_file():
         return None
     content = files.read_mapping(workdir / DATASET, (), "record of images")

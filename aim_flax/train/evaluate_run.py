@@ -27,7 +27,7 @@ from aim_flax.evaluate import memory_pictures as pictures
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
 from aim_flax.evaluate.interventions import Choosable, intervene, layers
 from aim_flax.train import dataset_record
-from aim_flax.train.page import write_page
+from aim_flax.train.page import page, write_page
 from aim_flax.train.restore import Restored, restore_run
 
 
@@ -78,6 +78,7 @@ def _open(
 ) -> _Opened:
     config = override(restored.config, overrides)
     _check_images(restored, config)
+    page(workdir)  # raises before anything is written
     dataset = open_dataset(config)
     if split not in dataset.sizes:
         raise UsageError(f"no split {split!r}; there are: {', '.join(dataset.sizes)}")

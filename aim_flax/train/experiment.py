@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,7 @@ class Experiment:
         # Finds a memory that doesn't fit the network before images are read, or files written.
         self.abstract_state = abstract_state(config, self.model)
         self._check_statistics()
+        self._check_memory()
         self.dataset = decode_if_small(dataset, config)
         examples = self.dataset.sizes["train"]
         if batch_size > examples:
@@ -141,6 +143,18 @@ class Experiment:
     def anomaly_names(self) -> list[str]:
         """What the metric `anomaly` of a training step is an index of."""
         return anomaly_names(self.places, self.abstract_state.params)
+
+    def _check_memory(self) -> None:
+        """Raises UsageError if not even the training state fits into a device's memory."""
+        leaves = jax.tree.leaves(self.abstract_state)
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        most = self.devices.memory_bytes
+        if most is not None and size > most:
+            raise UsageError(
+                f"the training state of this network takes {size / 1e9:,.1f} GB, and each of"
+                f" {self.devices.count} devices has {most / 1e9:,.1f} GB: choose smaller sizes in"
+                " model.* or memory.*"
+            )
 
     def with_seed(self, seed: int) -> "Experiment":
         """Returns the same experiment with another seed; both share their compiled programs."""

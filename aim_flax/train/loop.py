@@ -23,7 +23,7 @@ from aim_flax.console import Pace, Part, ProgressFile, Reporter
 from aim_flax.devices import any_process
 from aim_flax.errors import DataError, DivergenceError, NotFiniteError, StorageError
 from aim_flax.evaluate.evaluation import Evaluation
-from aim_flax.files import read_json, refused, write_json, writing
+from aim_flax.files import read_mapping, refused, write_json, writing
 from aim_flax.train import dataset_record, report
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import Experiment
@@ -114,7 +114,7 @@ def train(
                 return Loop([experiment], [workdir], workdir / "checkpoints", part).train()[0]
     if not quiet:
         print(f"{workdir} holds this run, finished")
-    return read_json(summary)
+    return read_mapping(summary, ("name", "arm", "seed"), "run's summary")
 
 
 def check_dataset(workdir: Path, experiment: Experiment, other_images: bool) -> str | None:
@@ -222,7 +222,7 @@ class Loop:
             asked = stack.enter_context(asked_to_save())
             # None if only results are missing: the files of a finished run are not touched.
             workdirs = [] if self._done() else self.workdirs
-            events = [stack.enter_context(report.Events(w, self.step)) for w in workdirs]
+            events = [report.Events(workdir, self.step) for workdir in workdirs]
             self.part.begin(self.step)
             feed = experiment.train_batches.feed(seed, self.step, experiment.total_steps)
             stack.enter_context(contextlib.closing(feed))
@@ -503,6 +503,10 @@ class Loop:
         gone = [str(workdir) for workdir, before in found if identity(workdir) != before]
         with contextlib.suppress(Exception):
             self.checkpoints.close()
+        # A write that was under way may have made them again.
+        for folder in (self.checkpoints.directory, *self.workdirs):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         return StorageError(
             f"{', '.join(gone[:3]) or self.workdirs[0]} was deleted, moved or emptied while the run"
             f" was at step {self.step}; it ends here, and writes nothing more"

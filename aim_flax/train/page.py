@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from aim_flax import files, html
+from aim_flax.errors import UsageError
 from aim_flax.evaluate.effects import Effect
 from aim_flax.evaluate.mistakes import caption, tiles
 from aim_flax.evaluate.report import class_cells, effects_cells
@@ -21,7 +22,27 @@ _MOST_CONFUSIONS = 20
 
 
 def write_page(workdir: Path) -> None:
-    """Writes report.html of a run, finished or not."""
+    """Writes report.html of a run, finished or not.
+
+    Raises:
+      UsageError: a file that it is made of is damaged.
+    """
+    files.write_text(workdir / "report.html", page(workdir))
+
+
+def page(workdir: Path) -> str:
+    """Returns what `write_page` writes."""
+    try:
+        return _page(workdir)
+    except UsageError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, csv.Error) as error:
+        raise UsageError(
+            f"{workdir} has a damaged file, and no page can be made of it: {error!r}"
+        ) from None
+
+
+def _page(workdir: Path) -> str:
     config = read_json(workdir / "config.json")
     title = f"{config['name']}:{config['arm']}, seed {config['seed']}"
     parts = [*_result(workdir, config), *_figure(workdir, "history.png", "Accuracy and loss")]
@@ -36,14 +57,14 @@ def write_page(workdir: Path) -> None:
     for name in ("config.json", "code_version.json"):
         if (workdir / name).is_file():
             parts.append(html.details(name, html.code((workdir / name).read_text())))
-    files.write_text(workdir / "report.html", html.page(title, parts))
+    return html.page(title, parts)
 
 
 def _result(workdir: Path, config: dict[str, Any]) -> list[str]:
     """Returns the numbers of the summary, or that there is none yet."""
     if not (workdir / "summary.json").is_file():
         return [html.paragraph("This run is not finished.")]
-    summary = read_json(workdir / "summary.json")
+    summary = files.read_mapping(workdir / "summary.json", (), "run's summary")
     low, high = (f"{summary[f'test_accuracy_{end}']:.2%}" for end in ("low", "high"))
     on_test = summary["selected_on"] == "test"
     chosen = "test accuracy" if on_test else "validation accuracy"

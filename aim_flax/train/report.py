@@ -1,6 +1,9 @@
 """Tables, plots and TensorBoard events of a run."""
 
 import contextlib
+import os
+import socket
+import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
 from aim_flax.files import save_figure, write_csv
@@ -46,25 +49,20 @@ def write_metrics(workdir: Path, history: History) -> None:
 class Events:
     """TensorBoard events of a run from `step` on; later events of an earlier process are purged.
 
-    A context manager; of several processes, the first one writes. What can't be written is kept,
-    and written with the next epoch's: a run does not need its events. They are written at once, and
-    not by tensorboardX's `SummaryWriter`, whose thread ends on an error of the disk: after that it
-    waits for ever.
+    Of several processes, the first one writes. What can't be written is written with the next
+    epoch's events: a run does not need them. TensorboardX's own writer has a thread that ends on an
+    error of the disk, after which it waits for ever.
     """
 
     def __init__(self, workdir: Path, step: int):
-        self._folder, self._files = workdir / "tensorboard", 0
-        self._writer: EventsWriter | None = None
-        # All of the steps before are written.
-        self._first, self._events = step + 1, []
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._file = workdir / "tensorboard" / name
+        # What is to be written.
+        self._records = b""
+        self._add(file_version="brain.Event:2")
+        # TensorBoard forgets what earlier files have from this step on.
+        self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
         self._write()
-
-    def __enter__(self) -> "Events":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._write()
-        self._close()
 
     def write(self, row: dict[str, Any], data_wait_share: float | None) -> None:
         """Writes an epoch's row of the history, and the share of time spent waiting for data."""
@@ -78,42 +76,28 @@ class Events:
             if norms["own"]:
                 scalars[f"memory_use/{layer}"] = norms["share"] / norms["own"]
         for tag, value in scalars.items():
-            summary = scalar(tag, value)
-            self._events.append(Event(summary=summary, step=row["step"], wall_time=time.time()))
+            self._add(step=row["step"], summary=scalar(tag, value))
         self._write()
 
-    def _write(self) -> None:
-        """Writes the events that are left, as far as it can."""
-        if jax.process_index() != 0:
-            self._events = []
-            return
-        try:
-            if self._writer is None:
-                self._folder.mkdir(exist_ok=True)
-                # In a file of its own, behind one that may end within an event.
-                suffix = f".{self._files}" if self._files else ""
-                self._files += 1
-                self._writer = EventsWriter(str(self._folder / "events"), suffix)
-                # TensorBoard forgets what earlier files have from this step on.
-                start = SessionLog(status=SessionLog.START)
-                self._writer.write_event(
-                    Event(step=self._first, session_log=start, wall_time=time.time())
-                )
-            for event in self._events:
-                self._writer.write_event(event)
-            self._writer.flush()
-        except OSError:
-            self._close()
-        else:
-            if self._events:
-                self._first = self._events[-1].step + 1
-            self._events = []
+    def _add(self, **content: Any) -> None:
+        """Adds an event, as a record of TensorFlow's: its length, and checksums of both."""
+        event = Event(wall_time=time.time(), **content).SerializeToString()
+        for part in (struct.pack("<Q", len(event)), event):
+            self._records += part + struct.pack("<I", masked_crc32c(part))
 
-    def _close(self) -> None:
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-            self._writer = None
+    def _write(self) -> None:
+        if jax.process_index() == 0:
+            before = self._file.stat().st_size if self._file.exists() else 0
+            try:
+                self._file.parent.mkdir(exist_ok=True)
+                with self._file.open("ab") as file:
+                    file.write(self._records)
+            except OSError:
+                # TensorBoard would not read beyond half of an event.
+                with contextlib.suppress(OSError):
+                    os.truncate(self._file, before)
+                return
+        self._records = b""
 
 
 def plot_history(

@@ -82,4 +82,7 @@ def unfinished_group(folder: Path) -> list[int]:
     """Returns the seeds of an unfinished group from its folder; [] if there is none."""
     if not (folder / _SEEDS).is_file() or not any(folder.glob("checkpoints/*/")):
         return []
-    return read_json(folder / _SEEDS)
+    seeds = read_json(folder / _SEEDS)
+    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+        raise UsageError(f"{folder / _SEEDS} is damaged: expected a list of seeds")
+    return seeds

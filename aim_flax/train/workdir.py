@@ -32,6 +32,9 @@ RECORDED = ("data.on_error",)
 NOT_OF_THE_RUN = ("data.dir", "data.threads", "train.detect_anomaly", *RECORDED)
 EPOCHS = "train.epochs"
 PROGRESS = "progress.json"
+# What a run writes and reads again.
+_FILES = ("config.json", "dataset.json", "metrics.csv", "summary.json", "diverged.json")
+_FOLDERS = ("checkpoints", "tensorboard")
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -122,6 +125,8 @@ def check_claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) ->
     """
     saved = workdir / "config.json"
     if saved.is_file():
+        for name in (*_FILES, *_FOLDERS):
+            files.check_kind(workdir / name, folder=name in _FOLDERS)
         other = read_config(saved.parent)
         changes = differences(other, config) if has_begun(workdir) else ""
         if changes and more_epochs and _differing(other, config) == [EPOCHS]:
@@ -199,6 +204,8 @@ def _write_config(workdir: Path, config: ConfigDict) -> None:
         old, new = flatten(there), flatten(config)
         steps = [int(name) for name in _checkpoints(workdir) if name.isdecimal()]
         list_ = read_json(workdir / CHANGES) if (workdir / CHANGES).is_file() else []
+        if not isinstance(list_, list):
+            raise UsageError(f"{workdir / CHANGES} is no list of changes")
         for key in recorded:
             change = {"key": key, "from": old.get(key, LEFT_OUT.get(key)), "to": new.get(key)}
             list_.append({"after_step": max(steps, default=0), **change})
@@ -311,4 +318,6 @@ def mark_diverged(workdir: Path, step: int) -> None:
 
 def divergence(workdir: Path) -> int | None:
     file = workdir / "diverged.json"
-    return int(read_json(file)["step"]) if file.is_file() else None
+    if not file.exists():
+        return None
+    return files.read_mapping(file, ("step",), "note of a divergence")["step"]
