@@ -118,7 +118,8 @@ def test_counts(arm):
 
 def test_table_names_backbone_memory_reads_and_updates(capsys):
     train_command.main(["--config", DIGITS, "--describe"])
-    table, places = capsys.readouterr().out.split("places, in the order of the calls:\n")
+    printed, _, training = capsys.readouterr().out.rstrip().rpartition("\n")
+    table, places = printed.split("places, in the order of the calls:\n")
     rows = [line.rsplit(maxsplit=2) for line in table.splitlines()[2:-3]]
     assert [(name, int(n.replace(",", ""))) for name, n, _ in rows] == [
         ("backbone", 85_002),
@@ -137,6 +138,12 @@ def test_table_names_backbone_memory_reads_and_updates(capsys):
         "  layer2        writes memory from 256",
         "  head          reads memory into 256",
     ]
+
+    # 138,954 parameters of 4 bytes, two more of each for Adam, and 256 statistics.
+    assert training == (
+        "in training, on each of 8 x cpu: parameters 543 KiB, running statistics and carried memory"
+        " 1 KiB, optimiser 1.06 MiB; --compile-for=here tells the rest"
+    )
 
 
 @pytest.mark.parametrize(("arm", "total"), [("published", 26_673_380), ("control", 23_792_612)])

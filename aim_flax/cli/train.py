@@ -88,7 +88,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.describe:
         if config.model.num_classes is None:
             config = with_classes(config, open_dataset(config).classes)
+        from aim_flax.models.build import build_model
+        from aim_flax.train.cost_report import state_report
+        from aim_flax.train.costs import state_sizes
+        from aim_flax.train.experiment import abstract_state
+
         print(describe(config))
+        sizes = state_sizes(abstract_state(config, build_model(config)))
+        print(state_report(sizes, devices.Devices(config.parallel, args.devices)))
         return
     if args.compile_for is not None:
         from aim_flax.train.compile_for import compile_for

@@ -157,10 +157,10 @@ def topology(name: str) -> Topology:
         own = ["x".join(map(str, sides)) for sides in chip.shapes]
         # 8x4 is 4x8.
         turned = [text for text in own if sorted(text.split("x")) == sorted(shape.split("x"))]
+        close = f" (did you mean {turned[0]!r}?)" if turned else nearest(shape, own)
         listed = own if len(own) <= 12 else [*own[:11], "...", own[-1]]
         raise UsageError(
-            f"{generation} has no shape {shape!r}{nearest(shape, turned or own)}, expected one of"
-            f" {', '.join(listed)}"
+            f"{generation} has no shape {shape!r}{close}, expected one of {', '.join(listed)}"
         )
     generation, _, shape = name.partition(":")
     return Topology(name, CHIPS[generation], tuple(map(int, shape.split("x"))))

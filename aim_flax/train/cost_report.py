@@ -8,6 +8,7 @@ memory traffic or its network traffic alone would. Real steps take longer.
 import dataclasses
 from collections.abc import Mapping
 
+from aim_flax.devices import Devices
 from aim_flax.train.chips import Topology, all_reduce_bytes
 from aim_flax.train.costs import Costs
 
@@ -47,6 +48,26 @@ def bounds(costs: Costs, topology: Topology) -> Bounds:
         compute=flops / chip.flops,
         memory=None if costs.moved is None else costs.moved / chip.bandwidth,
         network=sent / topology.bandwidth if count > 1 else 0.0,
+    )
+
+
+def state_report(sizes: Mapping[str, int], devices: Devices) -> str:
+    """Returns what training holds on each device from step to step; nothing is compiled for it.
+
+    Args:
+      sizes: what `state_sizes` returns.
+      devices: of this machine.
+    """
+    held = {
+        "parameters": sizes["parameters"],
+        "running statistics and carried memory": sizes["statistics"],
+        "optimiser": sizes["optimizer"],
+    }
+    memory = f" of {binary(memory)} each" if (memory := devices.memory()) else ""
+    parts = ", ".join(f"{name} {binary(size)}" for name, size in held.items())
+    return (
+        f"in training, on each of {devices.count} x {devices.model}{memory}: {parts};"
+        " --compile-for=here tells the rest"
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from aim_flax.models.describe import multiply_adds
 from aim_flax.train.experiment import Experiment
+from aim_flax.train.step import TrainState
 
 # XLA's text: %name = f32[3,64]{1,0} all-reduce(...), or (f32[64]{0}, f32[]) all-reduce-start(...)
 _ALL_REDUCE = re.compile(r"= (.*?) all-reduce(?:-start)?\(")
@@ -72,14 +73,12 @@ def measure(experiment: Experiment) -> Costs:
         used = _USED.search(str(error))
         needs = f"needs {used[1]}iB of {used[2]}iB" if used else str(error).partition("\n")[0]
         raise TooLargeError(needs) from None
-    state, data, _ = shapes
+    _, data, _ = shapes
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis() or {}
     reductions = reduced_bytes(compiled.as_text())
     sharded = experiment.train_batches.sharded
     return Costs(
-        parameters=_size(state.params),
-        statistics=_size(state.model_state),
-        optimizer=_size(state.opt_state),
+        **state_sizes(experiment.abstract_state),
         batch=_size(data) // (experiment.devices.count if sharded else 1),
         # Of the two: TPU's compiler tells the first alone, and CPU's leaves activations out of it.
         peak=max(memory.peak_memory_in_bytes, _held(memory)),
@@ -90,6 +89,16 @@ def measure(experiment: Experiment) -> Costs:
         reductions=len(reductions),
         seconds=time.monotonic() - start,
     )
+
+
+def state_sizes(state: TrainState) -> dict[str, int]:
+    """Returns the bytes of a training state's parameters, statistics and optimizer, see `Costs`."""
+    parts = {
+        "parameters": state.params,
+        "statistics": state.model_state,
+        "optimizer": state.opt_state,
+    }
+    return {name: _size(part) for name, part in parts.items()}
 
 
 def _held(memory: Any) -> int:
