@@ -179,26 +179,3 @@ def finish(*processes: subprocess.Popen) -> list[str]:
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
     return outputs
-
-
-def kill_again_and_again(
-    command: tuple, kills: int, resumed: int, seconds: float, folder: Path | None = None
-) -> None:
-    """Kills a command at random moments of its training until it was killed, and went on from a
-    checkpoint, so often; then lets it come to its end."""
-    rng = np.random.default_rng(0)
-    killed = gone_on = 0
-    for _ in range(12):
-        if killed >= kills and gone_on >= resumed:
-            break
-        process = start(*command, folder=folder)
-        # Lines come once training is under way; then at a random moment, perhaps in a save.
-        gone_on += any(line.startswith("resuming") for line in lines_until(process, "step"))
-        timer = threading.Timer(rng.uniform(0, seconds), process.kill)
-        timer.start()
-        process.communicate(timeout=300)
-        timer.join()
-        killed += process.returncode == -signal.SIGKILL
-    finish(start(*command, folder=folder))
-    assert killed >= kills
-    assert gone_on >= resumed

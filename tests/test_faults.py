@@ -426,3 +426,21 @@ def test_a_fault_is_told_in_one_line_and_costs_nothing(
         assert re.search(words, told[0]), (command, told)
         assert end.value.code == status, (command, told)
         assert digests() == before, command
+
+
+def test_the_page_has_the_same_rows_and_names_tests_that_exist():
+    lines = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| ")]
+    (_, *rows) = [[cell.strip() for cell in line] for line in lines]
+    assert [fault for fault, _, tests in rows if "`test_faults.py`" in tests] == [*FAULTS]
+    for fault, promise, tests in rows:
+        named = re.findall(r"`(\w+\.py)(?:::(\w+))?`", tests)
+        assert named, fault
+        for file, test in named:
+            text = Path(__file__).with_name(file).read_text()
+            assert file == "test_faults.py" or f"\ndef {test}(" in text, tests
+        # A promise of statuses is the table's.
+        if fault in FAULTS:
+            statuses = {status for status, _ in FAULTS[fault].ends.values()}
+            first = int(re.match(r"status (\d)", promise)[1])
+            assert first in statuses
+            assert statuses <= {first, *map(int, re.findall(r"\b[12]\b", promise))}

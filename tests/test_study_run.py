@@ -27,7 +27,6 @@ from tests.processes import (
     after_calls,
     finish,
     interrupted,
-    kill_again_and_again,
     not_finite,
     start,
 )
@@ -225,19 +224,6 @@ def test_interrupted_group_goes_on_and_gives_the_same_report(tmp_path, monkeypat
 
 
 COMMAND = ("ablate.py", "--config", DIGITS, *SMALL_FLAGS, "--config.train.epochs=12")
-
-
-@pytest.mark.slow
-def test_study_that_is_killed_again_and_again_gives_the_same_report(tmp_path):
-    command = (*COMMAND, *flags("train.steps_per_call=5", "train.checkpoint_minutes=0.0"))
-    command += ("--arms", "aim_direct,control", "--seeds", "2", "--workdir", "s")
-    # In a folder each, for the report shows the command with its workdir.
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    finish(start(*command, folder=whole))
-    kill_again_and_again(command, kills=3, resumed=1, seconds=1, folder=parts)
-    assert_same_report(parts / "s", whole / "s")
 
 
 @pytest.mark.slow

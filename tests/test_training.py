@@ -24,9 +24,7 @@ from aim_flax.train.restore import restore_run
 from tests.asserts import assert_equal, refused
 from tests.processes import (
     after_calls,
-    finish,
     interrupted,
-    kill_again_and_again,
     lines_until,
     not_finite,
     start,
@@ -375,15 +373,6 @@ def test_seeds_differ_and_repeat():
 
 COMMAND = ("train.py", "--config", f"{DIGITS}:aim_state")
 SLOWLY = flags(*SMALL, "train.epochs=12", "train.steps_per_call=5", "train.checkpoint_minutes=0.0")
-
-
-@pytest.mark.slow
-def test_run_that_is_killed_again_and_again_ends_bit_equal(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    finish(start(*COMMAND, *SLOWLY, "--workdir", whole))
-    command = (*COMMAND, *SLOWLY, "--workdir", parts)
-    kill_again_and_again(command, kills=3, resumed=3, seconds=0.6)
-    assert_same_end(whole, parts)
 
 
 @pytest.mark.slow
