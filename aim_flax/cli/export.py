@@ -33,12 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if place.suffix not in _KINDS:
             raise UsageError(f"--to is {place}, expected a name that ends in {' or '.join(_KINDS)}")
 
-    from aim_flax import devices, files
+    from aim_flax import compile_cache, devices, files
     from aim_flax.use import export
     from aim_flax.use.predictor import Predictor
 
     if args.to:
         files.check_outputs([("--to", place) for place in places])
+    compile_cache.enable()
     devices.warn_of_wrong_results()
     predictor = Predictor.from_run(args.workdir, args.checkpoint)
     for place in places:

@@ -36,13 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.top < 1:
         parser.error(f"--top is {args.top}, expected at least 1")
 
-    from aim_flax import devices, files
+    from aim_flax import compile_cache, devices, files
     from aim_flax.use import inputs, predict
     from aim_flax.use.predictor import Predictor
 
     asked = {"--csv": args.csv, "--json": args.json, "--sheet": args.sheet}
     files.check_outputs([(flag, place) for flag, place in asked.items() if place])
     paths = inputs.find(args.images)
+    compile_cache.enable()
     devices.warn_of_wrong_results()
     predictor = Predictor.from_run(args.workdir, args.checkpoint)
     data = predictor.config.data

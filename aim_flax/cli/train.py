@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import jax
 
-    from aim_flax import devices
+    from aim_flax import compile_cache, devices
     from aim_flax.data.load import open_dataset, with_classes
     from aim_flax.models.describe import describe
     from aim_flax.train import loop, processes, workdir
@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         where = (args.coordinator, args.processes, args.process_id)
         several = processes.joined(config, place, *where, args.start_timeout)
     with several:
+        compile_cache.enable()
         devices.warn_of_wrong_results()
         quiet = jax.process_index() > 0
         loop.run(config, place, args.devices, quiet, args.other_images)
