@@ -276,7 +276,13 @@ LEFT_OUT = flatten(
             "stride_on": "conv1",
             "dense_norm": True,
         },
-        "train": {"balance": "none", "freeze": "", "rates": [], "detect_anomaly": False},
+        "train": {
+            "accumulate": 1,
+            "balance": "none",
+            "freeze": "",
+            "rates": [],
+            "detect_anomaly": False,
+        },
         "memory": {
             "kernel_size": 1,
             "fit": "reshape",

@@ -30,6 +30,7 @@ class Devices:
       kind: "pmap" or "shard_map".
       count: number of devices, over all hosts.
       model: what they are, as JAX calls it.
+      platform: "cpu", "gpu" or "tpu".
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Devices:
         self.kind = kind
         self._devices = available[:count]
         self.count, self.model = len(self._devices), self._devices[0].device_kind
+        self.platform = self._devices[0].platform
         self._mesh = Mesh(np.array(self._devices), (AXIS,))
         self._sharded = NamedSharding(self._mesh, PartitionSpec(AXIS))
         self._replicated = NamedSharding(self._mesh, PartitionSpec())

@@ -197,6 +197,10 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     config.schedule = ConfigDict()
     config.schedule.name = "constant"  # or cosine, down to 0
     config.schedule.warmup_epochs = 0.0  # up from 0
+    # The batch size that the learning rate is meant for: it is multiplied by train.batch_size over
+    # this. Where that is more than 1 it rises there over the first 5 epochs, or, if they are set,
+    # over schedule.warmup_epochs from 0. None: the learning rate is taken as it is.
+    config.schedule.reference_batch = placeholder(int)
     config.schedule.plateau_patience = placeholder(int)  # epochs before a cut; None: no cuts
     config.schedule.plateau_factor = 0.1  # of a cut
     config.schedule.plateau_min_delta = 1e-4  # of accuracy: a smaller gain is none
@@ -204,6 +208,13 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     config.train = ConfigDict()
     config.train.batch_size = 64  # over all devices
     config.train.epochs = 30
+    # Equal parts that each device computes its share of a batch in, one after the other, so that a
+    # batch needs as little memory as a part. Gradients are those of the whole batch; batch norms
+    # see a part at a time, and so do updates of a memory that is carried by state.
+    config.train.accumulate = 1
+    # Of an exponential moving average of the network's variables after each step, such as 0.999:
+    # what is then evaluated, kept and exported instead of the network itself. None: none.
+    config.train.ema_decay = placeholder(float)
     # Parameters that keep their values, a regular expression of their whole paths; "": none. Batch
     # norms that are frozen use, and keep, their running statistics.
     config.train.freeze = ""

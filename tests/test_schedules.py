@@ -72,7 +72,7 @@ def config(**changes) -> ConfigDict:
         "memory": {"kind": "dense"},
         "optimizer": {"name": "sgd", "learning_rate": 0.5, "momentum": None, "weight_decay": None},
         "schedule": {"name": "constant", "warmup_epochs": 0.0},
-        "train": {"epochs": 10},
+        "train": {"epochs": 10, "batch_size": 64},
     }
     for key, value in changes.items():
         group, _, name = key.partition("__")
@@ -94,8 +94,31 @@ def test_schedules_warm_up_and_cosine_goes_to_zero_at_the_end(name, expected):
 
 
 @pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # Four times the rate of a batch of 16, and up to it over 5 epochs of 4 steps.
+        ({"reference_batch": 16}, {0: 0.5, 10: 1.25, 19: 1.925, 20: 2.0, 39: 2.0}),
+        ({"reference_batch": 16, "name": "cosine"}, {0: 0.5, 20: 2.0, 30: 1.0, 40: 0.0}),
+        # A warm-up that is set takes the place of that one.
+        ({"reference_batch": 16, "warmup_epochs": 2.0}, {0: 0.0, 4: 1.0, 8: 2.0, 39: 2.0}),
+        ({"reference_batch": 64}, {0: 0.5, 39: 0.5}),
+        ({"reference_batch": 128}, {0: 0.25, 39: 0.25}),
+        ({"reference_batch": 128, "warmup_epochs": 2.0}, {0: 0.0, 4: 0.125, 8: 0.25}),
+    ],
+)
+def test_the_rate_grows_with_the_batch(changes, expected):
+    scaled = config(**{f"schedule__{name}": value for name, value in changes.items()})
+    schedule = build_schedule(scaled, steps_per_epoch=4)
+    assert {step: float(schedule(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"schedule__reference_batch": 16, "train__epochs": 5},
+            "train.epochs is 5, expected more than 5, over which schedule.reference_batch warms up",
+        ),
         ({"schedule__name": "cosin"}, "schedule.name is 'cosin', .*did you mean 'cosine'"),
         ({"schedule__warmup_epochs": 10.0}, "warmup_epochs is 10.0, expected .* less"),
         ({"optimizer__name": "adamm"}, "optimizer.name is 'adamm', .*did you mean 'adam"),

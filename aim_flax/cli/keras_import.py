@@ -23,6 +23,7 @@ from aim_flax.models.keras_weights import variables_from_keras
 from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.experiment import abstract_state
 from aim_flax.train.progress import Progress
+from aim_flax.train.step import trained_variables, with_variables
 from aim_flax.train.workdir import claimed
 
 
@@ -50,7 +51,7 @@ def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | Path
     expected = abstract_state(config, build_model(config))
     variables = variables_from_keras(
         weights,
-        {"params": expected.params, **expected.model_state},
+        trained_variables(expected),
         hint=f" with images {tuple(config.data.image_shape)} and a memory"
         f" {config.memory and tuple(config.memory.shape)}: set --config.data.image_shape or"
         " --config.memory.shape to those of the training",
@@ -61,11 +62,8 @@ def import_weights(path: str | PathLike, config: ConfigDict, workdir: str | Path
     with claimed(workdir, config):
         # Zeros, as the optimisers start out.
         state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), expected)
-        state = state.replace(
-            params=variables["params"],
-            model_state={"batch_stats": variables["batch_stats"]},
-            learning_rate_scale=np.ones((), np.float32),
-        )
+        state = with_variables(state, variables)
+        state = state.replace(learning_rate_scale=np.ones((), np.float32))
         checkpoints = Checkpoints(workdir / "checkpoints")
         checkpoints.save(0, dataclasses.asdict(Progress(best_step=0)), state)
         checkpoints.close()

@@ -29,7 +29,13 @@ from aim_flax.options import check_values
 from aim_flax.sources import check_network
 from aim_flax.train.anomaly import Probe, anomaly_names, find_probes
 from aim_flax.train.optimizer import build_optimizer, build_schedule
-from aim_flax.train.step import TrainState, create_state, train_step, variables_of
+from aim_flax.train.step import (
+    TrainState,
+    create_state,
+    train_step,
+    variables_of,
+    with_variables,
+)
 
 
 class Experiment:
@@ -71,10 +77,12 @@ class Experiment:
         check_choice("train.balance", config.train.balance, BALANCES)
         self.devices = devices or Devices(config.parallel, device_count)
         batch_size = config.train.batch_size
-        if batch_size % self.devices.count:
+        count, parts = self.devices.count, config.train.get("accumulate", 1)
+        if batch_size % (count * parts):
+            in_parts = "" if parts == 1 else f" in {parts} parts each (train.accumulate)"
             raise UsageError(
-                f"train.batch_size is {batch_size}, which {self.devices.count} devices cannot"
-                " share equally"
+                f"train.batch_size is {batch_size}, which {count} devices cannot share"
+                f" equally{in_parts}"
             )
         check_options(config.augment or {})
         dataset = dataset or open_dataset(config)
@@ -135,7 +143,8 @@ class Experiment:
                 variables, images, train=True, mutable=list(state.model_state), rngs=rngs
             )
 
-        local = self.config.train.batch_size // self.devices.count
+        parts = self.devices.count * self.config.train.get("accumulate", 1)
+        local = self.config.train.batch_size // parts
         images = jax.ShapeDtypeStruct((local, *self.config.data.image_shape), np.float32)
         return find_probes(run, variables_of(state), images)
 
@@ -192,17 +201,13 @@ class Experiment:
         if pretrained is None:
             return state
         # The optimisers' own state does not depend on the parameters' values.
-        variables = start_from(variables_of(state), pretrained)
-        return state.replace(params=variables.pop("params"), model_state=variables)
+        return with_variables(state, start_from(variables_of(state), pretrained))
 
     def _initial_state(self) -> Callable:
         # It runs once, and on CPU optimising its many random draws takes longer than it saves.
         cpu = jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": 0} if cpu else None
-        image_shape = tuple(self.config.data.image_shape)
-        create = functools.partial(
-            create_state, self.model, self.optimizer, image_shape=image_shape
-        )
+        create = _create(self.config, self.model, self.optimizer)
         return jax.jit(create, compiler_options=options)
 
     def train_call(self, length: int, together: bool = False) -> Callable:
@@ -234,6 +239,7 @@ class Experiment:
 
     def steps_on_device(self, length: int) -> Callable:
         """Returns what one device computes of `train_call`."""
+        train = self.config.train
 
         def on_device(state, data, seed):
             batch = self.train_batches.on_device(data, seed, state.step)
@@ -249,8 +255,12 @@ class Experiment:
                     seed,
                     axis_name=AXIS,
                     class_weights=self.class_weights,
-                    freeze=self.config.train.get("freeze", ""),
+                    freeze=train.get("freeze", ""),
                     places=self.places,
+                    accumulate=train.get("accumulate", 1),
+                    # XLA on CPU computes convolutions in loops several times slower.
+                    unroll=self.devices.platform == "cpu",
+                    ema_decay=train.get("ema_decay"),
                 )
 
             if length == 1:
@@ -308,6 +318,17 @@ def abstract_state(config: ConfigDict, model: nn.Module) -> TrainState:
     """Returns the shapes and dtypes of the training state of a config's network."""
     # The state's shapes don't depend on the schedule.
     optimizer = build_optimizer(config, optax.constant_schedule(0.0))
-    image_shape = tuple(config.data.image_shape)
-    create = functools.partial(create_state, model, optimizer, image_shape=image_shape)
-    return jax.eval_shape(create, config.seed)
+    return jax.eval_shape(_create(config, model, optimizer), config.seed)
+
+
+def _create(
+    config: ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation
+) -> Callable[..., TrainState]:
+    """Returns seed -> the training state at step 0."""
+    return functools.partial(
+        create_state,
+        model,
+        optimizer,
+        image_shape=tuple(config.data.image_shape),
+        averaged=config.train.get("ema_decay") is not None,
+    )

@@ -18,17 +18,39 @@ from aim_flax.errors import UsageError, check_choice
 from aim_flax.train.freeze import freezing, rescaling
 
 SCHEDULES = ("constant", "cosine")
+# Epochs over which a rate that was scaled with the batch warms up.
+_SCALING_WARMUP = 5
 # Those whose rates don't depend on the number of epochs, so that a run can have more of them later.
 OPEN_ENDED = ("constant",)
 OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "sgd": optax.sgd}
 
 
 def build_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    """Returns step -> learning rate: a linear warm-up from 0, then constant or cosine to 0."""
-    schedule, peak = config.schedule, config.optimizer.learning_rate
+    """Returns step -> learning rate: a linear warm-up, then constant or cosine to 0.
+
+    The warm-up is from 0 over `schedule.warmup_epochs`. With a `schedule.reference_batch` the rate
+    is scaled linearly with the batch; and where it grows and no warm-up is set, it rises over the
+    first 5 epochs from what it is for the reference (P. Goyal et al., "Accurate, Large Minibatch
+    SGD: Training ImageNet in 1 Hour", 2017, sections 2.1 and 2.2).
+
+    Raises:
+      UsageError: an unknown schedule, or a warm-up as long as the training.
+    """
+    schedule, start = config.schedule, 0.0
     check_choice("schedule.name", schedule.name, SCHEDULES)
+    peak, epochs = config.optimizer.learning_rate, schedule.warmup_epochs
     total = config.train.epochs * steps_per_epoch
-    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    if (reference := schedule.get("reference_batch")) is not None:
+        factor = config.train.batch_size / reference
+        if factor > 1 and not epochs:
+            start, epochs = peak, _SCALING_WARMUP
+            if epochs >= config.train.epochs:
+                raise UsageError(
+                    f"train.epochs is {config.train.epochs}, expected more than {epochs}, over"
+                    " which schedule.reference_batch warms up; or set schedule.warmup_epochs"
+                )
+        peak *= factor
+    warmup = round(epochs * steps_per_epoch)
     if not 0 <= warmup < total:
         raise UsageError(
             f"schedule.warmup_epochs is {schedule.warmup_epochs}, expected at least 0 and less"
@@ -40,7 +62,7 @@ def build_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
         rest = optax.cosine_decay_schedule(peak, total - warmup)
     if not warmup:
         return rest
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), rest], [warmup])
+    return optax.join_schedules([optax.linear_schedule(start, peak, warmup), rest], [warmup])
 
 
 def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:

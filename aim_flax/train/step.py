@@ -6,7 +6,7 @@ run's seed and the step's number, so a run can continue from its state alone. Wi
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,9 +38,59 @@ class TrainState(struct.PyTreeNode):
     learning_rate_scale: jax.Array
 
 
+class AveragedState(TrainState):
+    """That of a run with `train.ema_decay`.
+
+    Not a field that may be None: orbax would miss it in the checkpoints of earlier versions.
+
+    Attributes:
+      average: the moving average of the network's variables, see `moved_average`.
+    """
+
+    average: Any
+
+
 def variables_of(state: TrainState) -> dict[str, Any]:
-    """Returns the network's variables, as `model.apply` takes them."""
+    """Returns the variables of the network that is evaluated and kept, as `model.apply` takes them:
+    their moving average, where there is one."""
+    return state.average if isinstance(state, AveragedState) else trained_variables(state)
+
+
+def trained_variables(state: TrainState) -> dict[str, Any]:
+    """Returns the variables of the network that is trained."""
     return {"params": state.params, **state.model_state}
+
+
+def with_variables(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
+    """Returns a state before the first step with other variables."""
+    model_state = {name: variables[name] for name in state.model_state}
+    state = state.replace(params=variables["params"], model_state=model_state)
+    return state.replace(average=variables) if isinstance(state, AveragedState) else state
+
+
+def moved_average(average: Any, variables: Any, decay: float, step: jax.Array) -> Any:
+    """Returns the exponential moving average of a network's variables after a step.
+
+    Batch statistics and a carried memory are averaged as the parameters are, for they belong to
+    them: those of the last step are of a network that is further on. So do timm's `ModelEmaV3` and
+    the published training code of EfficientNet. The decay starts lower, as of TensorFlow's
+    `ExponentialMovingAverage` with `num_updates`: min(decay, (1 + step) / (10 + step)), so that the
+    random values at the start are soon forgotten.
+
+    Args:
+      average, variables: trees of the same structure; what is no float is taken as it is.
+      step: () int32, the number of steps taken, this one included.
+    """
+    step = step.astype(jnp.float32)
+    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+
+    def moved(old: jax.Array, new: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(new.dtype, jnp.floating):
+            return new
+        # Not optax.incremental_update, whose rounding would move what is frozen.
+        return old + rate.astype(new.dtype) * (new - old)
+
+    return jax.tree.map(moved, average, variables)
 
 
 def create_state(
@@ -48,17 +98,20 @@ def create_state(
     optimizer: optax.GradientTransformation,
     seed: jax.Array | int,
     image_shape: tuple[int, ...],
+    averaged: bool = False,
 ) -> TrainState:
-    """Returns the state at step 0 for images (B, *image_shape)."""
+    """Returns the state at step 0 for images (B, *image_shape), with a moving average if asked."""
     variables = model.init(init_key(seed), jnp.zeros((1, *image_shape)), train=False)
     params = variables["params"]
-    return TrainState(
+    model_state = {k: v for k, v in variables.items() if k not in ("params", "intermediates")}
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        model_state={k: v for k, v in variables.items() if k not in ("params", "intermediates")},
+        model_state=model_state,
         opt_state=optimizer.init(params),
         learning_rate_scale=jnp.ones(()),
     )
+    return AveragedState(**vars(state), average=trained_variables(state)) if averaged else state
 
 
 def train_step(
@@ -72,10 +125,14 @@ def train_step(
     class_weights: jax.typing.ArrayLike | None = None,
     freeze: str = "",
     places: Sequence[Probe] | None = None,
+    accumulate: int = 1,
+    unroll: bool = False,
+    ema_decay: float | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one step of gradient descent on the mean cross-entropy.
 
-    The network's keys are "dropout", different on each device, and "memory", the same on all.
+    The network's keys are "dropout", different on each device and for each part, and "memory", the
+    same on all and for all: they share a memory.
 
     Args:
       images: (B, H, W, C) float32, this device's share of the batch.
@@ -85,25 +142,28 @@ def train_step(
         not done. The mean is over examples, not over weights, so devices can share a batch.
       freeze: a pattern, see `freeze.frozen_norms`.
       places: where numbers are looked at, see `anomaly.find_probes`; None: not done.
+      accumulate: the number of equal parts that the share is computed in, one after the other; the
+        gradient is the mean of theirs, and so that of the whole. A part is every so manieth
+        example, so that the parts of all devices together are the same on any number of devices.
+        Batch norms see a part at a time, and a carried memory goes on from part to part.
+      unroll: whether the program has the parts one after the other, instead of a loop.
+      ema_decay: of the state's moving average, see `moved_average`.
 
     Returns:
       The next state, and `loss` and `accuracy` of the whole batch, () float32, in training mode;
       with `places` also `anomaly`, see `anomaly.first_anomaly`.
     """
-    rngs = {
-        "dropout": dropout_key(seed, state.step, axis_name),
-        "memory": memory_key(seed, state.step),
-    }
+    dropout, memory = dropout_key(seed, state.step, axis_name), memory_key(seed, state.step)
 
-    def loss_fn(params, zeros):
+    def loss_fn(params, zeros, model_state, images, labels, dropout):
         looking = contextlib.nullcontext() if places is None else probing(places, zeros)
         with frozen_norms(freeze), looking:
             logits, model_state = model.apply(
-                {"params": params, **state.model_state},
+                {"params": params, **model_state},
                 images,
                 train=True,
-                mutable=list(state.model_state),
-                rngs=rngs,
+                mutable=list(model_state),
+                rngs={"dropout": dropout, "memory": memory},
             )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         if class_weights is not None:
@@ -111,10 +171,36 @@ def train_step(
         return losses.mean(), (logits, model_state)
 
     zeros = [jnp.zeros(2) for _ in places or ()]
-    (loss, (logits, model_state)), (grads, counts) = jax.value_and_grad(
-        loss_fn, argnums=(0, 1), has_aux=True
-    )(state.params, zeros)
-    metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
+
+    def gradient(model_state, images, labels, dropout):
+        (loss, (logits, model_state)), grads = jax.value_and_grad(
+            loss_fn, argnums=(0, 1), has_aux=True
+        )(state.params, zeros, model_state, images, labels, dropout)
+        metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
+        return grads, metrics, model_state
+
+    def add_part(carried, part):
+        total, model_state = carried
+        number, images, labels = part
+        key = jax.random.fold_in(dropout, number)
+        grads, metrics, model_state = gradient(model_state, images, labels, key)
+        return (jax.tree.map(jnp.add, total, grads), model_state), metrics
+
+    if accumulate == 1:
+        grads, metrics, model_state = gradient(state.model_state, images, labels, dropout)
+    else:
+        images, labels = (
+            jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0) for x in (images, labels)
+        )
+        (grads, model_state), metrics = jax.lax.scan(
+            add_part,
+            (jax.tree.map(jnp.zeros_like, (state.params, zeros)), state.model_state),
+            (jnp.arange(accumulate), images, labels),
+            unroll=accumulate if unroll else 1,
+        )
+        grads = jax.tree.map(lambda total: total / accumulate, grads)
+        metrics = jax.tree.map(jnp.mean, metrics)
+    grads, counts = grads
     if axis_name is not None:
         grads, counts, metrics = jax.lax.pmean((grads, counts, metrics), axis_name)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -128,4 +214,7 @@ def train_step(
         model_state=model_state,
         opt_state=opt_state,
     )
+    if ema_decay is not None:
+        average = moved_average(state.average, trained_variables(state), ema_decay, state.step)
+        state = state.replace(average=average)
     return state, metrics

@@ -1,0 +1,251 @@
+"""Batches computed in parts, and moving averages: by hand, and on devices of any number."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from aim_flax.evaluate.evaluation import build_evaluate
+from aim_flax.train import loop
+from aim_flax.train.evaluate_run import evaluate_run
+from aim_flax.train.experiment import Experiment
+from aim_flax.train.restore import restore_run
+from aim_flax.train.step import (
+    create_state,
+    moved_average,
+    train_step,
+    trained_variables,
+    variables_of,
+)
+from aim_flax.use.predictor import Predictor
+from tests.arrays import draw
+from tests.asserts import assert_close, assert_equal
+from tests.processes import interrupted
+from tests.runs import digits, first_steps, history, load
+
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
+
+IMAGES, LABELS = draw(12, 2, 2, 1), np.arange(12) % 3
+OPTIMIZER = optax.adam(0.1)
+
+
+class Net(nn.Module):
+    """Notes what it is called with: the sum of its images, and a number drawn from each key."""
+
+    norm: bool = False
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        noted = self.variable("noted", "calls", lambda: jnp.zeros((4, 3)))
+        if train:
+            draws = [jax.random.uniform(self.make_rng(name)) for name in ("dropout", "memory")]
+            row = jnp.stack([images.sum(), *draws])
+            noted.value = jnp.concatenate([noted.value[1:], row[None]])
+        x = nn.Dense(5)(images.reshape(len(images), -1))
+        if self.norm:
+            x = nn.BatchNorm(not train, momentum=0.5, name="norm")(x)
+        return nn.Dense(3)(nn.tanh(x))
+
+
+class Norm(nn.Module):
+    """As small, and without keys, whose making has loops of its own."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        return nn.BatchNorm(not train)(nn.Dense(3)(images.reshape(len(images), -1)))
+
+
+def steps(net, count=1, **options):
+    """Returns the states before, between and after steps, and the metrics of the last."""
+    averaged = "ema_decay" in options
+    states = [create_state(net, OPTIMIZER, 3, (2, 2, 1), averaged)]
+    call = jax.jit(lambda s: train_step(net, OPTIMIZER, s, IMAGES, LABELS, 3, **options))
+    for _ in range(count):
+        state, metrics = call(states[-1])
+        states.append(state)
+    return states, metrics
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_parts_make_the_step_of_the_whole_batch(parts, unroll):
+    weights = [1.0, 2.0, 0.5]
+    (*_, whole), expected = steps(Net(), class_weights=weights)
+    (*_, found), metrics = steps(Net(), class_weights=weights, accumulate=parts, unroll=unroll)
+    for one, other in ((found.params, whole.params), (metrics, expected)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, other)
+    assert_close(found.opt_state, whole.opt_state, 1e-6)
+    assert int(found.step) == 1
+
+
+def test_each_part_has_every_so_manieth_example_and_its_own_dropout():
+    (_, whole), _ = steps(Net())
+    (_, state), _ = steps(Net(), accumulate=3)
+    calls = state.model_state["noted"]["calls"]
+    np.testing.assert_allclose(
+        calls[1:, 0], [IMAGES[part::3].sum() for part in range(3)], rtol=1e-5
+    )
+    dropout, memory = calls[1:, 1].tolist(), calls[1:, 2].tolist()
+    assert len(set(dropout)) == 3
+    assert set(memory) == {float(whole.model_state["noted"]["calls"][-1, 2])}
+
+
+def test_batch_norms_see_a_part_at_a_time():
+    net = Net(norm=True)
+    (before, state), _ = steps(net, accumulate=3)
+    variables, mutable = trained_variables(before), list(before.model_state)
+    rngs = dict.fromkeys(("dropout", "memory"), jax.random.key(0))
+    for part in range(3):
+        _, changed = net.apply(variables, IMAGES[part::3], train=True, mutable=mutable, rngs=rngs)
+        variables = {**variables, **changed}
+    assert_close(state.model_state["batch_stats"], variables["batch_stats"], 1e-6)
+    (_, whole), _ = steps(net)
+    kernel = [s.params["Dense_0"]["kernel"] for s in (state, whole)]
+    assert np.abs(kernel[0] - kernel[1]).max() > 1e-3
+
+
+def collectives(program: str) -> int:
+    return len(re.findall(r"\bpsum", program))
+
+
+def test_gradients_are_averaged_over_the_devices_once():
+    state = create_state(Net(), OPTIMIZER, 3, (2, 2, 1))
+
+    def program(**options):
+        step = lambda s: train_step(Net(), OPTIMIZER, s, IMAGES, LABELS, 3, "devices", **options)  # noqa: E731
+        return str(jax.make_jaxpr(step, axis_env=[("devices", 2)])(state))
+
+    assert 0 < collectives(program()) == collectives(program(accumulate=4))
+    assert "scan" not in program()
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_a_program_has_its_parts_in_a_loop_or_one_after_the_other(unroll):
+    net = Norm()
+    state = create_state(net, OPTIMIZER, 3, (2, 2, 1))
+    step = lambda s: train_step(net, OPTIMIZER, s, IMAGES, LABELS, 3, accumulate=4, unroll=unroll)  # noqa: E731
+    compiled = jax.jit(step).lower(state).compile()
+    assert (" while(" in compiled.as_text()) == (not unroll)
+
+
+def test_the_average_is_what_the_formula_says():
+    states, _ = steps(Net(norm=True), 4, ema_decay=0.3)
+    expected = trained_variables(states[0])
+    assert_equal(variables_of(states[0]), expected)
+    for number, state in enumerate(states[1:], start=1):
+        decay = min(0.3, (1 + number) / (10 + number))
+        expected = jax.tree.map(
+            lambda old, new, d=decay: d * old + (1 - d) * new, expected, trained_variables(state)
+        )
+        assert_close(variables_of(state), expected, 1e-6)
+    # (1 + 3) / (10 + 3) is more than 0.3.
+    assert decay == 0.3
+    plain, _ = steps(Net(norm=True), 4)
+    assert_equal(trained_variables(states[-1]), trained_variables(plain[-1]))
+    assert_equal(variables_of(plain[-1]), trained_variables(plain[-1]))
+
+
+def test_an_average_leaves_alone_what_does_not_change_and_what_is_no_float():
+    variables = {"a": jnp.float32(0.1) * jnp.arange(999), "n": jnp.arange(3)}
+    average = variables
+    for step in range(1, 50):
+        average = moved_average(average, variables, 0.9, jnp.int32(step))
+    assert_equal(average, variables)
+    after = moved_average(average, {**variables, "n": jnp.arange(3) + 1}, 0.9, jnp.int32(9))
+    assert after["n"].tolist() == [1, 2, 3]
+
+
+# By plain gradients: Adam makes steps of any rounding where a gradient is zero.
+SGD = ("name=sgd", "weight_decay=None", "learning_rate=0.02", "momentum=0.9")
+AVERAGED = ("train.ema_decay=0.9", "train.accumulate=2", *(f"optimizer.{x}" for x in SGD))
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory, standard_promotion, quick_compile):
+    """A run of three epochs; its config freezes a part."""
+    config = digits("aim_state", *AVERAGED, "train.epochs=3", "train.freeze=layer1/dense/.*")
+    loop.run(config, workdir := tmp_path_factory.mktemp("averaged") / "run", 1, quiet=True)
+    return config, workdir
+
+
+def test_the_average_is_what_is_evaluated_kept_and_used(averaged):
+    config, workdir = averaged
+    experiment = Experiment(config, 1)
+    best = restore_run(workdir, "best")
+    for which in ("best", "latest"):
+        restored = restore_run(workdir, which)
+        devices = experiment.devices
+        evaluate = build_evaluate(experiment.model, devices, experiment.eval_batches("val"), 10)
+        found = evaluate(devices.replicate(restored.variables))
+        row = list(history(workdir)["step"]).index(restored.step)
+        assert found.accuracy == pytest.approx(history(workdir)["val_accuracy"][row])
+        assert found.loss == pytest.approx(history(workdir)["val_loss"][row], rel=1e-5)
+    # Not the network that is trained: 57 steps on, by hand.
+    _, before, state = first_steps(config, 1, 57)
+    latest = restore_run(workdir, "latest").variables
+    assert_close(latest, variables_of(state), 1e-4)
+    assert np.abs(latest["params"]["head"]["kernel"] - state.params["head"]["kernel"]).max() > 1e-3
+    kept = flatten_dict(before.params, sep="/")
+    frozen = [path for path in kept if path.startswith("layer1/dense/")]
+    assert frozen
+    for path in frozen:
+        np.testing.assert_array_equal(flatten_dict(latest["params"], sep="/")[path], kept[path])
+    test = evaluate_run(workdir)
+    assert test.accuracy == loop.run(config, workdir, 1, quiet=True)["test_accuracy"]
+    predictor = Predictor.from_run(workdir)
+    assert_equal(predictor.variables, best.variables)
+
+
+def test_an_average_goes_on_on_other_devices(averaged, tmp_path):
+    config, whole = averaged
+    with interrupted(19, "SIGTERM: saved at step 38;"):
+        loop.run(config, tmp_path / "run", 1, quiet=True)
+    loop.run(config, tmp_path / "run", 8, quiet=True)
+    assert_close(
+        restore_run(tmp_path / "run", "latest").variables,
+        restore_run(whole, "latest").variables,
+        1e-4,
+    )
+    np.testing.assert_allclose(
+        history(tmp_path / "run")["train_loss"], history(whole)["train_loss"], rtol=1e-4
+    )
+
+
+NETWORKS = {
+    "mlp": lambda *changes: digits("aim_state", *changes),
+    "resnet": lambda *changes: load(
+        "cifar10_resnet:aim",
+        [
+            *("data.name=digits", "data.image_shape=(8,8,1)", "data.scale=16", "data.mean=()"),
+            *("data.deviation=()", "model.stage_sizes=(1,1)", "model.width=8"),
+            *("memory.shape=(2,2,4)", "memory.update_block.features=(4,)"),
+            *changes,
+            "optimizer.learning_rate=0.01",
+        ],
+    ),
+}
+# Relative, of the average: rounding grows where a ReLU turns the other way.
+TOLERANCE = {"mlp": 1e-4, "resnet": 1e-3}
+
+
+@functools.cache
+def thirty_steps(network, kind, count):
+    changes = (f"parallel={kind}", "train.batch_size=64", "train.epochs=2")
+    losses, _, state = first_steps(NETWORKS[network](*AVERAGED, *changes), count, 30)
+    return losses, state
+
+
+@pytest.mark.parametrize(("kind", "count"), [("pmap", 2), ("shard_map", 8)])
+@pytest.mark.parametrize("network", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)])
+def test_devices_make_no_difference(network, kind, count):
+    expected_losses, expected = thirty_steps(network, "pmap", 1)
+    losses, state = thirty_steps(network, kind, count)
+    assert losses[-1] < losses[0]
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    assert_close(state.average, expected.average, TOLERANCE[network])
