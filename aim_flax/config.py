@@ -281,6 +281,7 @@ LEFT_OUT = flatten(
             "balance": "none",
             "freeze": "",
             "rates": [],
+            "remat": "",
             "detect_anomaly": False,
         },
         "memory": {

@@ -11,7 +11,8 @@ What is latched on to a module lies beside that module's own parameters, under `
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -315,7 +316,8 @@ class _Latch:
     def __init__(self, aim: AiM, scope: Scope, train: bool, mask: jax.Array | None):
         self.aim, self.scope, self.train, self.mask = aim, scope, train, mask
         scope.flags = with_backbone(scope.flags, self)
-        self.trace = get_opaque_trace_state(convention="flax")
+        # Where this pass is: these change within a transformation that knows of it.
+        self.place, self.trace = scope, get_opaque_trace_state(convention="flax")
         self.read = compile_patterns(aim.read)
         self.selectors = selectors(aim.update_after)
         self.update_after = tuple(self.selectors)
@@ -344,6 +346,18 @@ class _Latch:
             aim.sow("intermediates", f"{aim.called}_at_start", self.current)
             if self.read_initial:
                 aim.sow("intermediates", f"{aim.called}_initial_at_start", self.initial)
+
+    @contextmanager
+    def within(self, module: nn.Module, memory: jax.Array) -> Iterator[None]:
+        """For a Flax transformation of a module that takes the memory in and gives it back: within
+        it, the pass goes on inside the transformation."""
+        before = self.place, self.trace, self.updates, self.current
+        self.place, self.trace = module.scope, get_opaque_trace_state(convention="flax")
+        self.updates, self.current = {}, memory
+        try:
+            yield
+        finally:
+            self.place, self.trace, self.updates, self.current = before
 
     def _memory(self, name: str) -> jax.Array:
         scope = push_latched_on(self.scope, name)
@@ -442,7 +456,7 @@ class _Latch:
 
     def _transformations(self, module: nn.Module) -> list[str]:
         """Returns the Flax transformations within the backbone that this call runs inside."""
-        outer = self.scope.debug_path + module.path[len(self.scope.path) :]
+        outer = self.place.debug_path + module.path[len(self.place.path) :]
         inner = module.scope.debug_path
         return [name for name, plain in zip(inner, outer, strict=False) if name != plain]
 

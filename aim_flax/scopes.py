@@ -23,6 +23,13 @@ def is_in_backbone(module: nn.Module, token: object) -> bool:
     return token in flags.get(_BACKBONES, ()) and not flags.get(_LATCHED_ON, False)
 
 
+def latches(module: nn.Module) -> tuple[Any, ...]:
+    """Returns the tokens of the backbones, outermost first, that a bound module belongs to; none of
+    what was latched on to one."""
+    flags = module.scope.flags
+    return () if flags.get(_LATCHED_ON, False) else flags.get(_BACKBONES, ())
+
+
 def push_latched_on(scope: Scope, name: str) -> Scope:
     """Returns the scope `name` below another, for what is latched on there."""
     child = scope.push(name, reuse=True)

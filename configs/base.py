@@ -212,6 +212,9 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     # batch needs as little memory as a part. Gradients are those of the whole batch; batch norms
     # see a part at a time, and so do updates of a memory that is carried by state.
     config.train.accumulate = 1
+    # Modules whose activations are computed again in the backward pass instead of being kept, a
+    # regular expression of their paths; "": none. It takes less memory and more time.
+    config.train.remat = ""
     # Of an exponential moving average of the network's variables after each step, such as 0.999:
     # what is then evaluated, kept and exported instead of the network itself. None: none.
     config.train.ema_decay = placeholder(float)

@@ -29,6 +29,7 @@ from aim_flax.options import check_values
 from aim_flax.sources import check_network
 from aim_flax.train.anomaly import Probe, anomaly_names, find_probes
 from aim_flax.train.optimizer import build_optimizer, build_schedule
+from aim_flax.train.remat import check_remat
 from aim_flax.train.step import (
     TrainState,
     create_state,
@@ -92,6 +93,7 @@ class Experiment:
         self.abstract_state = abstract_state(config, self.model)
         self._check_statistics()
         self._check_memory()
+        check_remat(self.model, tuple(config.data.image_shape), config.train.get("remat", ""))
         self.dataset = decode_if_small(dataset, config)
         examples = self.dataset.sizes["train"]
         if batch_size > examples:
@@ -256,6 +258,7 @@ class Experiment:
                     axis_name=AXIS,
                     class_weights=self.class_weights,
                     freeze=train.get("freeze", ""),
+                    remat=train.get("remat", ""),
                     places=self.places,
                     accumulate=train.get("accumulate", 1),
                     # XLA on CPU computes convolutions in loops several times slower.

@@ -24,7 +24,7 @@ def freezing(optimizer: optax.GradientTransformation, pattern: str) -> optax.Gra
     Raises:
       UsageError: when its state is made: the pattern matches no parameter, or all.
     """
-    frozen = _compiled("train.freeze", pattern)
+    frozen = compiled("train.freeze", pattern)
 
     def labels(params: Mapping[str, Any]) -> dict[str, Any]:
         found = path_aware_map(
@@ -117,10 +117,11 @@ def _rate(text: str) -> tuple[re.Pattern, float]:
             f"train.rates has {text!r}, expected 'PATTERN=FACTOR' with a factor above 0;"
             " train.freeze is for what is not trained"
         )
-    return _compiled("train.rates", pattern), factor
+    return compiled("train.rates", pattern), factor
 
 
-def _compiled(key: str, pattern: str) -> re.Pattern:
+def compiled(key: str, pattern: str) -> re.Pattern:
+    """Returns a pattern compiled; UsageError, with its key, for what is no regular expression."""
     try:
         return re.compile(pattern)
     except re.error as error:

@@ -18,6 +18,7 @@ from flax import struct
 from aim_flax.keys import dropout_key, init_key, memory_key
 from aim_flax.train.anomaly import Probe, first_anomaly, probing
 from aim_flax.train.freeze import frozen_norms
+from aim_flax.train.remat import recomputing
 
 
 class TrainState(struct.PyTreeNode):
@@ -124,6 +125,7 @@ def train_step(
     axis_name: str | None = None,
     class_weights: jax.typing.ArrayLike | None = None,
     freeze: str = "",
+    remat: str = "",
     places: Sequence[Probe] | None = None,
     accumulate: int = 1,
     unroll: bool = False,
@@ -141,6 +143,7 @@ def train_step(
       class_weights: (classes,) float32, what each example's cross-entropy is multiplied by; None:
         not done. The mean is over examples, not over weights, so devices can share a batch.
       freeze: a pattern, see `freeze.frozen_norms`.
+      remat: a pattern, see `remat.recomputing`.
       places: where numbers are looked at, see `anomaly.find_probes`; None: not done.
       accumulate: the number of equal parts that the share is computed in, one after the other; the
         gradient is the mean of theirs, and so that of the whole. A part is every so manieth
@@ -157,7 +160,7 @@ def train_step(
 
     def loss_fn(params, zeros, model_state, images, labels, dropout):
         looking = contextlib.nullcontext() if places is None else probing(places, zeros)
-        with frozen_norms(freeze), looking:
+        with frozen_norms(freeze), looking, recomputing(remat):
             logits, model_state = model.apply(
                 {"params": params, **model_state},
                 images,
