@@ -72,8 +72,7 @@ def steps(net, count=1, **options):
     return states, metrics
 
 
-@pytest.mark.parametrize("unroll", [True, False])
-@pytest.mark.parametrize("parts", [2, 3, 12])
+@pytest.mark.parametrize(("parts", "unroll"), [(3, True), (12, False)])
 def test_parts_make_the_step_of_the_whole_batch(parts, unroll):
     weights = [1.0, 2.0, 0.5]
     (*_, whole), expected = steps(Net(), class_weights=weights)
@@ -202,6 +201,7 @@ def test_the_average_is_what_is_evaluated_kept_and_used(averaged):
     assert_equal(predictor.variables, best.variables)
 
 
+@pytest.mark.slow
 def test_an_average_goes_on_on_other_devices(averaged, tmp_path):
     config, whole = averaged
     with interrupted(19, "SIGTERM: saved at step 38;"):
@@ -241,7 +241,9 @@ def thirty_steps(network, kind, count):
     return losses, state
 
 
-@pytest.mark.parametrize(("kind", "count"), [("pmap", 2), ("shard_map", 8)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [pytest.param("pmap", 2, marks=pytest.mark.slow), ("shard_map", 8)]
+)
 @pytest.mark.parametrize("network", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_devices_make_no_difference(network, kind, count):
     expected_losses, expected = thirty_steps(network, "pmap", 1)
@@ -249,3 +251,20 @@ def test_devices_make_no_difference(network, kind, count):
     assert losses[-1] < losses[0]
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
     assert_close(state.average, expected.average, TOLERANCE[network])
+
+
+@pytest.mark.slow
+def test_seeds_in_one_program_are_those_alone():
+    changes = ("train.remat=layer1", "train.epochs=1", "parallel=shard_map")
+    one = Experiment(digits("aim_state", *AVERAGED, *changes), 2)
+    runs, devices = [one.with_seed(seed) for seed in (0, 3)], one.devices
+    states = [run.initial_state() for run in runs]
+    seeds = np.array([0, 3], np.uint32)
+    data = one.train_batches.feed(seeds, 0, 5).at(0)
+    stacked = devices.replicate(jax.tree.map(lambda *leaves: np.stack(leaves), *states))
+    together, metrics = one.train_call(5, together=True)(stacked, data, devices.replicate(seeds))
+    together, metrics = devices.fetch((together, metrics))
+    for i, run in enumerate(runs):
+        losses, _, state = first_steps(run.config, 2, 5)
+        np.testing.assert_allclose(metrics["loss"][i], losses, rtol=1e-5)
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together.average), state.average, 1e-5)
