@@ -3,19 +3,23 @@
     JAX_PLATFORMS=cpu python benchmarks/topologies.py --csv results/tpu_topologies.csv
 
 Each arm is compiled for each topology, a row of the file for each; a compile takes minutes. Rows
-that the file has are not made again, so it goes on where it was stopped.
+that the file has are not made again, so it goes on where it was stopped. At the end it prints all
+rows as a table, with what bounds each step.
 """
 
 import argparse
 import csv
 import dataclasses
 import importlib.metadata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from aim_flax import config as configs
 from aim_flax.console import reporting_errors
 from aim_flax.files import write_csv
-from aim_flax.train.chips import topology
+from aim_flax.train.chips import GIB, topology
+from aim_flax.train.cost_report import bounds
 from aim_flax.train.costs import Costs, TooLargeError, measure
 from aim_flax.train.topologies import absent_devices, planned
 
@@ -66,6 +70,26 @@ def main() -> None:
                 row["fits"] = str(error)
             rows.append(row)
             write_csv(args.csv, COLUMNS, rows)
+    print(table(rows))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows of the file as Markdown, with the bounds at the figures of their chips."""
+    lines = ["| arm | topology | peak GiB | TFLOP | GB moved | bound | ms | images/s, all chips |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | --- | ---: | ---: |")
+    for row in rows:
+        start = f"| {row['arm']} | {row['topology']} |"
+        if row["fits"] != "yes":
+            lines.append(f"{start} {row['fits']} | | | | | |")
+            continue
+        costs = Costs(**{name: float(row[name]) for name in _MEASURED})
+        found = bounds(costs, topology(row["topology"]))
+        rate = int(row["chips"]) * int(row["images_per_chip"]) / found.seconds
+        lines.append(
+            f"{start} {costs.peak / GIB:.2f} | {costs.flops / 1e12:.2f} | {costs.moved / 1e9:.1f}"
+            f" | {found.what} | {1e3 * found.seconds:.1f} | {rate:,.0f} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -102,11 +102,11 @@ def report(
     reduced = f"{_count(costs.reduced)}B"
     at = [""] * 3
     if found:
-        at[0] = f"  {_ms(found.compute)} at {chip.flops / 1e12:g} TFLOP/s"
+        at[0] = f"  {duration(found.compute)} at {chip.flops / 1e12:g} TFLOP/s"
         if found.memory is not None:
-            at[1] = f"  {_ms(found.memory)} at {chip.bandwidth / 1e9:g} GB/s"
+            at[1] = f"  {duration(found.memory)} at {chip.bandwidth / 1e9:g} GB/s"
         if count > 1:
-            at[2] = f"  {_ms(found.network)} at {topology.bandwidth / 1e9:g} GB/s each way"
+            at[2] = f"  {duration(found.network)} at {topology.bandwidth / 1e9:g} GB/s each way"
     rows += [
         ("floating-point operations", operations, at[0]),
         ("moved from and to memory", moved, at[1]),
@@ -126,10 +126,10 @@ def _conclusion(found: Bounds, batch_size: int) -> str:
     most = f"{batch_size / found.seconds:,.0f} images/s at most"
     if found.memory is None:
         return (
-            f"{found.what} bounds it, if memory does not: a step takes {_ms(found.seconds)} at"
+            f"{found.what} bounds it, if memory does not: a step takes {duration(found.seconds)} at"
             f" least, {most}"
         )
-    return f"{found.what} bounds it: a step takes {_ms(found.seconds)} at least, {most}"
+    return f"{found.what} bounds it: a step takes {duration(found.seconds)} at least, {most}"
 
 
 def scaling(found: Mapping[str, tuple[int, int, Bounds]]) -> str:
@@ -166,5 +166,6 @@ def _count(number: float) -> str:
     return f"{number / 1000:,.3g} T"
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
+def duration(seconds: float) -> str:
+    """Returns a time as people read it, in ms or µs."""
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"

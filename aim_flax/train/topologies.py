@@ -73,6 +73,8 @@ def _gpus(topology: Topology) -> Sequence[jax.Device]:
     _check_installed(topology, "cuda", ["jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"])
     chip, own = topology.chip, dict(_GPUS[topology.name.partition(":")[0]])
     capability = own.pop("capability")
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # JAX's own
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # It would warn that there is no GPU.
     values = own | dict(
         threads_per_block_limit=1024,
         threads_per_warp=32,
