@@ -103,8 +103,15 @@ def test_each_process_reads_its_share_of_what_streams(tmp_path, kind):
 
 # What a run may have besides, with which processes must agree as well.
 MORE = [(), ("train.accumulate=2", "train.ema_decay=0.9")][:1]
-# 30 steps each: 2 epochs of 15.
-THIRTY = ("train.epochs=2", "train.steps_per_call=1", "train.checkpoint_minutes=0.0")
+# 30 steps each: 2 epochs of 15. Gradients of biases before a batch norm are rounding alone, and Adam
+# divides by them: with its usual eps these biases, and so evaluation, differ by 1e-4 on any two
+# numbers of devices.
+THIRTY = (
+    "train.epochs=2",
+    "optimizer.eps=0.001",
+    "train.steps_per_call=1",
+    "train.checkpoint_minutes=0.0",
+)
 RESNET = ("memory.shape=(2,2,16)", "memory.update_block.features=(4,)", "model.stage_sizes=(1,1)")
 
 
@@ -138,4 +145,4 @@ def test_thirty_steps_are_the_same_on_other_processes(tmp_path, network, kind, m
     assert read_json(many / "summary.json")["steps"] == 30
     weights = [restore_run(folder, "latest").variables["params"] for folder in (one, many)]
     for a, b in zip(*map(jax.tree.leaves, weights), strict=True):
-        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * np.abs(a).max())
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6)
