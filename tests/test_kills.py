@@ -135,7 +135,9 @@ def streamed(tmp_path: Path) -> tuple[str, list[str]]:
     photos = write_folder(tmp_path / "photos", train=120, val=12, test=12)
     data = ("data.name=folder", f"data.dir={photos}", "data.image_shape=(8,8,3)", "data.threads=2")
     sizes = ("model.num_classes=None", "train.batch_size=8", "eval.batch_size=8", "train.epochs=16")
-    small = flags(*SMALL, *data, *sizes, "data.scale=255.0", "data.in_memory_mb=0.0", *OFTEN)
+    # What is streamed has a step per call, and most of them without a checkpoint.
+    often = "train.checkpoint_minutes=0.003"
+    small = flags(*SMALL, *data, *sizes, "data.scale=255.0", "data.in_memory_mb=0.0", often)
     return "train", ["--config", f"{DIGITS}:aim_state", *small, "--workdir", "s"]
 
 
