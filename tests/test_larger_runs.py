@@ -226,12 +226,12 @@ NETWORKS = {
             *("data.deviation=()", "model.stage_sizes=(1,1)", "model.width=8"),
             *("memory.shape=(2,2,4)", "memory.update_block.features=(4,)"),
             *changes,
-            "optimizer.learning_rate=0.01",
+            # Gradients of biases before a batch norm are rounding alone, and Adam divides by them.
+            *("optimizer.name=adam", "optimizer.learning_rate=0.001", "optimizer.eps=0.01"),
+            *("optimizer.momentum=None", "optimizer.nesterov=None"),
         ],
     ),
 }
-# Relative, of the average: rounding grows where a ReLU turns the other way.
-TOLERANCE = {"mlp": 1e-4, "resnet": 1e-3}
 
 
 @functools.cache
@@ -250,7 +250,7 @@ def test_devices_make_no_difference(network, kind, count):
     losses, state = thirty_steps(network, kind, count)
     assert losses[-1] < losses[0]
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
-    assert_close(state.average, expected.average, TOLERANCE[network])
+    assert_close(state.average, expected.average, 1e-4)
 
 
 @pytest.mark.slow
