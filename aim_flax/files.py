@@ -9,12 +9,18 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aim_flax.errors import StorageError, UsageError
 from aim_flax.names import fonts
+
+try:
+    import fcntl
+except ImportError:  # Not on Windows.
+    fcntl = None
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,11 +53,38 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         # mkstemp lets no one else read it; a file that is opened to be written follows the umask.
         os.fchmod(descriptor, 0o666 & ~_umask())
-        os.close(descriptor)
+        # Open and locked as long as this process lives: see `clear_up`.
+        _lock(descriptor)
         yield temporary
         os.replace(temporary, path)
     finally:
+        os.close(descriptor)
         temporary.unlink(missing_ok=True)
+
+
+def _lock(descriptor: int) -> bool:
+    """Returns whether no other process has locked a file, and locks it."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def clear_up(folder: Path) -> None:
+    """Removes what processes that were killed have left half written in a folder."""
+    for path in folder.glob(".*.tmp"):
+        # A younger one may not be locked yet.
+        with contextlib.suppress(OSError):
+            if re.fullmatch(r"\.\w{8}\.tmp", path.name) and time.time() - path.stat().st_mtime > 1:
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if _lock(descriptor):
+                        path.unlink()
+                finally:
+                    os.close(descriptor)
 
 
 @functools.cache

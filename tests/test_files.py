@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import tempfile
+import time
 
 import pytest
 
@@ -119,3 +120,22 @@ def test_a_folder_in_place_of_a_file_is_told(tmp_path):
     (tmp_path / "config.json").mkdir()
     with refused("config.json can't be read: Is a directory$"):
         files.read_json(tmp_path / "config.json")
+
+
+def test_what_a_killed_process_left_is_cleared_up_and_nothing_else(tmp_path):
+    before = time.time() - 60
+    for name in (".abcd_123.tmp", ".mine.tmp", "abcd_123.tmp", ".abcd_124.tmp.json"):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (before, before))
+    (tmp_path / ".abcd_125.tmp").write_text("written just now")
+    os.mkfifo(tmp_path / ".abcd_126.tmp")
+    with files._replacing(tmp_path / "summary.json") as temporary:
+        temporary.write_text("whole")
+        os.utime(temporary, (before, before))
+        # As another process would: a lock is of who has opened the file.
+        files.clear_up(tmp_path)
+        assert temporary.exists()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {".mine.tmp", "abcd_123.tmp", ".abcd_124.tmp.json", ".abcd_125.tmp"}
+    assert ".abcd_123.tmp" not in names
+    assert (tmp_path / "summary.json").read_text() == "whole"

@@ -303,6 +303,7 @@ def held(workdir: Path, wait: float = 0.0) -> Iterator[None]:
                 workdir.mkdir(parents=True, exist_ok=True)
                 try:
                     stack.enter_context(FileLock(workdir / LOCK, timeout=wait))
+                    files.clear_up(workdir)
                 except Timeout:
                     busy = True
         if any_process(busy)[0]:
