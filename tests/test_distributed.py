@@ -53,9 +53,7 @@ def start_two(config: str, workdir: Path, *assignments: str) -> list[subprocess.
     }
     command = ("train.py", "--config", config, *flags(*assignments), "--workdir", workdir)
     return [
-        start(
-            *command, "--distributed", **GLOO, **environment, SLURM_PROCID=rank, SLURM_LOCALID=rank
-        )
+        start(*command, "--distributed", **environment, SLURM_PROCID=rank, SLURM_LOCALID=rank)
         for rank in ("0", "1")
     ]
 

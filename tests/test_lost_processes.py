@@ -40,11 +40,14 @@ def told(process: subprocess.Popen, seconds: float = 30.0) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("train.py: ")]
 
 
-@pytest.mark.parametrize("minutes", [0.0, 60.0], ids=["saving", "computing"])
-def test_a_run_that_lost_a_process_goes_on_bit_for_bit(tmp_path, minutes):
+@pytest.mark.parametrize(
+    ("minutes", "epochs", "length"), [(0.0, 6, 5), (60.0, 12, 1)], ids=["saving", "computing"]
+)
+def test_a_run_that_lost_a_process_goes_on_bit_for_bit(tmp_path, minutes, epochs, length):
     """First a process without its parent, as by lack of memory, then process 0 with its parent, as
     when a host is gone; while checkpoints are written, one after the other, and between them."""
-    options = ("train.epochs=12", "train.steps_per_call=5", f"train.checkpoint_minutes={minutes}")
+    options = (f"train.epochs={epochs}", f"train.steps_per_call={length}")
+    options = (*options, f"train.checkpoint_minutes={minutes}")
     run = (2, f"{DIGITS}:aim_state", tmp_path / "two", *SMALL, *options)
 
     first, second = start_several(*run)
