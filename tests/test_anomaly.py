@@ -143,10 +143,14 @@ def test_what_comes_after_the_layers_is_looked_at():
     assert first(Wide()) == "the loss"
 
 
+LARGER = ("train.accumulate=2", "train.remat=layer1", "train.ema_decay=0.9")
+
+
 def test_results_are_the_same():
-    """Up to the rounding of programs that XLA fuses otherwise."""
+    """Up to the rounding of programs that XLA fuses otherwise; in parts, and computed again."""
     plain, looked_at = (
-        Experiment(digits("aim", f"train.detect_anomaly={flag}"), 1) for flag in (False, True)
+        Experiment(digits("aim", *LARGER, f"train.detect_anomaly={flag}"), 1)
+        for flag in (False, True)
     )
     after = []
     for run in (plain, looked_at):
@@ -179,7 +183,11 @@ def test_a_run_that_diverges_says_where(tmp_path):
 
 def test_seeds_together_say_where(tmp_path, capsys):
     rows = study(
-        tmp_path, "aim", overrides=(*DIVERGES, "train.detect_anomaly=True"), seeds="2", quiet=False
+        tmp_path,
+        "aim",
+        overrides=(*DIVERGES, *LARGER, "train.detect_anomaly=True"),
+        seeds="2",
+        quiet=False,
     )
     steps = [row["status"].removeprefix("diverged at step ") for row in rows]
     lines = capsys.readouterr().out
