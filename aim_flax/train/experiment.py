@@ -29,7 +29,7 @@ from aim_flax.options import check_values
 from aim_flax.sources import check_network
 from aim_flax.train.anomaly import Probe, anomaly_names, find_probes
 from aim_flax.train.optimizer import build_optimizer, build_schedule
-from aim_flax.train.remat import check_remat
+from aim_flax.train.remat import check_remat, recomputing
 from aim_flax.train.step import (
     TrainState,
     create_state,
@@ -141,9 +141,11 @@ class Experiment:
 
         def run(variables: Any, images: jax.Array) -> Any:
             rngs = {name: jax.random.key(0) for name in ("dropout", "memory")}
-            return model.apply(
-                variables, images, train=True, mutable=list(state.model_state), rngs=rngs
-            )
+            # Which calls the module that it recomputes in a way of its own.
+            with recomputing(self.config.train.get("remat", "")):
+                return model.apply(
+                    variables, images, train=True, mutable=list(state.model_state), rngs=rngs
+                )
 
         parts = self.devices.count * self.config.train.get("accumulate", 1)
         local = self.config.train.batch_size // parts
