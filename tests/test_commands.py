@@ -21,7 +21,11 @@ from tests.runs import write_own_network
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Those of docs/scaling.md are for clusters: tests/test_scaling_page.py.
+PAGES = [
+    ROOT / "README.md",
+    *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs/scaling.md"}),
+]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 PLACES = {"NAME": "cifar10", "FILE": "configs/digits_mlp.py", "[:ARM]": ":aim", "=5000": "=6"}
 # What a program says that has understood its flags, but has nothing to work on.

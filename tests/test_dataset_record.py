@@ -221,7 +221,7 @@ def test_a_run_from_before_goes_on_and_gets_its_record(capsys, copies, photograp
 def test_a_damaged_record_is_told(copies):
     copy, workdir = copies
     (workdir / "dataset.json").write_text("[]")
-    with refused("dataset.json is damaged: TypeError"):
+    with refused("dataset.json is no record of images, but a list"):
         train_on(copy, workdir)
 
 

@@ -64,7 +64,9 @@ def unsaved(experiment):
 
 
 def leftovers(folder: Path) -> list[str]:
-    return [str(path) for path in folder.rglob("*") if "tmp" in path.name]
+    # A folder that is renamed meanwhile is no error to os.walk.
+    found = [(place, name) for place, *names in os.walk(folder) for name in sum(names, [])]
+    return [os.path.join(place, name) for place, name in found if "tmp" in name]
 
 
 def steps(workdir: Path) -> list[int]:

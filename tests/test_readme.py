@@ -288,7 +288,7 @@ def test_what_is_no_run_is_told(tmp_path):
     with refused("is no run's config: it has no name"):
         results.read_runs([tmp_path])
     (tmp_path / "summary.json").write_text('{"name": "x"}')
-    with refused("summary.json has no arm, seed, test_accuracy"):
+    with refused("summary.json is no run's summary: it has no arm, seed, test_accuracy"):
         results.read_runs([tmp_path])
 
 

@@ -78,7 +78,6 @@ def _open(
 ) -> _Opened:
     config = override(restored.config, overrides)
     _check_images(restored, config)
-    page(workdir)  # raises before anything is written
     dataset = open_dataset(config)
     if split not in dataset.sizes:
         raise UsageError(f"no split {split!r}; there are: {', '.join(dataset.sizes)}")
@@ -91,6 +90,7 @@ def _open(
         print(f"not the images of the run: {dataset_record.described({split: changed})}")
     dataset = decode_if_small(dataset, config)
     devices = Devices(config.parallel, device_count)
+    page(workdir)  # raises before anything is written
     batches = dataset.eval_batches(devices, split, config.eval.batch_size, scaling(config.data))
     variables = devices.replicate(restored.variables)
     other = {"new": changed.new, "gone": changed.gone} if changed else None
