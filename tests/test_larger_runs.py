@@ -227,7 +227,7 @@ NETWORKS = {
             *("memory.shape=(2,2,4)", "memory.update_block.features=(4,)"),
             *changes,
             # Gradients of biases before a batch norm are rounding alone, and Adam divides by them.
-            *("optimizer.name=adam", "optimizer.learning_rate=0.001", "optimizer.eps=0.01"),
+            *("optimizer.name=adam", "optimizer.learning_rate=0.0003", "optimizer.eps=0.01"),
             *("optimizer.momentum=None", "optimizer.nesterov=None"),
         ],
     ),
