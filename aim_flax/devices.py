@@ -70,12 +70,12 @@ class Devices:
 
         CPU devices share the machine's.
         """
-        if self._devices[0].platform == "cpu":
+        if self.platform == "cpu":
             if "SC_PHYS_PAGES" not in os.sysconf_names:
                 return None
             here = sum(d.process_index == jax.process_index() for d in self._devices)
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
-        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        return self.memory()
 
     def map(
         self, fn: Callable, donate: Sequence[int] = (), sharded: Sequence[int] = ()
@@ -133,8 +133,7 @@ class Devices:
 
     def memory(self) -> int | None:
         """Returns the bytes that each device has; None where it doesn't tell."""
-        stats = self._devices[0].memory_stats()
-        return stats and stats.get("bytes_limit")
+        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
     def local_rows(self, batch_size: int) -> np.ndarray:
         """Returns which rows of a batch this process's devices compute: (rows,) int."""

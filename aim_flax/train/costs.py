@@ -11,11 +11,10 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from aim_flax.models.describe import multiply_adds
 from aim_flax.train.experiment import Experiment
-from aim_flax.train.step import TrainState
+from aim_flax.train.step import TrainState, size_in_bytes
 
 # XLA's text: %name = f32[3,64]{1,0} all-reduce(...), or (f32[64]{0}, f32[]) all-reduce-start(...)
 _ALL_REDUCE = re.compile(r"= (.*?) all-reduce(?:-start)?\(")
@@ -79,7 +78,7 @@ def measure(experiment: Experiment) -> Costs:
     sharded = experiment.train_batches.sharded
     return Costs(
         **state_sizes(experiment.abstract_state),
-        batch=_size(data) // (experiment.devices.count if sharded else 1),
+        batch=size_in_bytes(data) // (experiment.devices.count if sharded else 1),
         # Of the two: TPU's compiler tells the first alone, and CPU's leaves activations out of it.
         peak=max(memory.peak_memory_in_bytes, _held(memory)),
         multiply_adds=multiply_adds(traced.jaxpr.jaxpr),
@@ -98,17 +97,13 @@ def state_sizes(state: TrainState) -> dict[str, int]:
         "statistics": state.model_state,
         "optimizer": state.opt_state,
     }
-    return {name: _size(part) for name, part in parts.items()}
+    return {name: size_in_bytes(part) for name, part in parts.items()}
 
 
 def _held(memory: Any) -> int:
     """Returns the bytes of what goes in, what comes out, and all between, were it held at once."""
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + own + memory.temp_size_in_bytes
-
-
-def _size(tree: Any) -> int:
-    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def reduced_bytes(program: str) -> list[int]:

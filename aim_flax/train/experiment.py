@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +32,7 @@ from aim_flax.train.remat import check_remat, recomputing
 from aim_flax.train.step import (
     TrainState,
     create_state,
+    size_in_bytes,
     train_step,
     variables_of,
     with_variables,
@@ -159,9 +159,7 @@ class Experiment:
 
     def _check_memory(self) -> None:
         """Raises UsageError if not even the training state fits into a device's memory."""
-        leaves = jax.tree.leaves(self.abstract_state)
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        most = self.devices.memory_bytes
+        size, most = size_in_bytes(self.abstract_state), self.devices.memory_bytes
         if most is not None and size > most:
             raise UsageError(
                 f"the training state of this network takes {size / 1e9:,.1f} GB, and each of"

@@ -30,7 +30,7 @@ from aim_flax.train.experiment import Experiment
 from aim_flax.train.optimizer import should_stop
 from aim_flax.train.progress import Progress, add_epoch, plateau_scale
 from aim_flax.train.signals import asked_to_save, interruption, signals
-from aim_flax.train.step import TrainState, variables_of
+from aim_flax.train.step import TrainState, size_in_bytes, variables_of
 from aim_flax.train.summary import one_line, run_summary, write_results
 from aim_flax.train.workdir import (
     PRETRAINED,
@@ -152,7 +152,7 @@ class Loop:
             self.experiment.dataset.skipped[split].update(indices)
         self.step = int(np.ravel(states.step)[0])
         # At most: what is compressed may take less.
-        self.checkpoint_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((states, best)))
+        self.checkpoint_bytes = size_in_bytes((states, best))
         # What the latest checkpoint holds.
         self.saved = self._how_far() if self.step in self.checkpoints.steps else None
         self.states, self.best = self.devices.replicate(states), self.devices.replicate(best)

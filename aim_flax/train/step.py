@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
@@ -55,6 +56,11 @@ def variables_of(state: TrainState) -> dict[str, Any]:
     """Returns the variables of the network that is evaluated and kept, as `model.apply` takes them:
     their moving average, where there is one."""
     return state.average if isinstance(state, AveragedState) else trained_variables(state)
+
+
+def size_in_bytes(tree: Any) -> int:
+    """Returns the bytes of a tree of arrays, or of their shapes and dtypes."""
+    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def trained_variables(state: TrainState) -> dict[str, Any]:
