@@ -82,7 +82,7 @@ class OfFlax:
         width: int = 64,
     ):
         self._model = ResNet(classes, tuple(stage_sizes), width)
-        self._optimizer = optax.adam(1e-3, eps=1e-7)
+        self._optimizer = optax.adam(inputs.LEARNING_RATE, eps=1e-7)
         self._batch = inputs.batch(pixels, batch_size, classes)
         self._shapes = jax.eval_shape(
             partial(self._model.init, train=False), jax.random.key(0), self._batch[0]
@@ -101,7 +101,7 @@ class OfFlax:
         params, statistics = variables["params"], variables["batch_stats"]
         state = jax.device_put((params, statistics, self._optimizer.init(params)))
         self._step = in_jax.Compiled(self._train, state, self._batch)
-        return {"logits": logits.tolist(), "loss": [self._step()], "next_loss": [self._step()]}
+        return {"logits": logits.tolist(), **inputs.two_steps(self._step)}
 
     def _train(self, state: tuple, images: jax.Array, labels: jax.Array) -> tuple:
         params, statistics, optimizer_state = state
