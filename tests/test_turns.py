@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aim_flax.errors import UsageError
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAKE = """
 import os
@@ -135,3 +137,62 @@ def test_digits_of_keras_are_ours(turns):
         images, labels = theirs[name]
         np.testing.assert_array_equal(labels, ours.labels(name))
         np.testing.assert_array_equal(images * 16, ours.splits[name].images)
+
+
+@pytest.fixture
+def sides(turns):
+    import sides
+
+    return sides
+
+
+def test_what_a_side_is_compared_with_is_measured_too(sides):
+    every = [*sides.resnets(), *sides.efficientnets(), *sides.digits()]
+    keys = [side.key for side in every]
+    assert len(set(keys)) == len(keys)
+    assert {side.against for side in every} - {""} <= set(keys)
+    assert sides.chosen("", every) == every
+
+    def found(names):
+        return [side.key for side in sides.chosen(names, every)]
+
+    assert found("keras_published") == ["control_stride1", "published", "keras_published"]
+    modes = ["eager", "channels_last", "compiled"]
+    torch = [f"torch_control_stride1 {mode}" for mode in modes]
+    assert found("torch_control_stride1") == ["control_stride1", *torch]
+    assert found("digits first") == ["digits again", "digits first"]
+    with pytest.raises(UsageError, match=r"'publishd', expected .* \(did you mean 'published'\?\)"):
+        sides.chosen("control,publishd", every)
+
+
+def test_a_row_has_the_arithmetic_of_a_step_against_what_the_machine_can_do(sides):
+    side = sides.Side("work", "a", "module", "Kind", {}, mode="fast", against="b")
+    facts = {"forward_operations": 10**10, "bytes_moved": 6 * 10**9, "versions": "x 1"}
+    measured = {"a fast": [3.0, 2.0, 4.0], "b": [1.0, 1.0, 2.0]}
+    rates = {sides.PRODUCTS: 4e10, sides.COPIES: 8e9}
+    row = sides.row(side, measured, facts | {"peak_mib": 7.4}, 12, rates)
+    del row["machine"]
+    assert row == {
+        "work": "work",
+        "side": "a",
+        "mode": "fast",
+        "seconds": "3.0000",
+        "seconds_low": "2.0000",
+        "seconds_high": "4.0000",
+        "ratio": "2.000",
+        "ratio_low": "2.000",
+        "ratio_high": "3.000",
+        "against": "b",
+        "parameters": 12,
+        # Backward it is twice as much, and a multiply-add is two operations.
+        "gflop": "60.0",
+        "gflop_per_second": "20.0",
+        "share_of_products": "0.500",
+        "gb_moved": "6.00",
+        "share_of_copies": "0.250",
+        "peak_mib": "7",
+        "versions": "x 1",
+    }
+    assert "| a fast | b | 3.0000 (2.0000 to 4.0000) | 2.000 (2.000 to 3.000) |" in sides.report(
+        [row]
+    )
