@@ -194,12 +194,10 @@ def _efficientnet(classes: int) -> tuple[nn.Module, dict[str, str]]:
     with contextlib.redirect_stdout(None):
         network = EfficientNet.from_name(
             "efficientnet-lite0",
-            override_params=dict(
-                num_classes=classes,
-                dropout_rate=0.0,
-                drop_connect_rate=0.0,
-                batch_norm_momentum=0.9,
-            ),
+            num_classes=classes,
+            dropout_rate=0.0,
+            drop_connect_rate=0.0,
+            batch_norm_momentum=0.9,
         )
     model = {"name": "efficientnet_lite", "stage_sizes": (1, 2, 2, 3, 3, 4, 1)}
     places = LAYOUTS["torch_efficientnet"](model)
