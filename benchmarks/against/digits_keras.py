@@ -56,9 +56,9 @@ def main(folder: str) -> None:
         **dict(batch_size=BATCH_SIZE, epochs=EPOCHS, verbose=2),
         **dict(validation_data=splits["val"], callbacks=callbacks),
     )
+    steps = int(model.optimizer.iterations)
     model.load_weights(best)
     _, accuracy = model.evaluate(*splits["test"], batch_size=360, verbose=0)
-    steps = int(model.optimizer.iterations)
     result = {"params": model.count_params(), "steps": steps, "test_accuracy": accuracy}
     print(json.dumps(result))
 
