@@ -8,8 +8,6 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
-from scipy.stats import t, ttest_rel
-
 from aim_flax.errors import check_choice
 
 CONFIDENCE = 0.95
@@ -68,6 +66,9 @@ def summarize(values: Sequence[float]) -> Summary:
     if max(values) - min(values) < _EQUAL:
         return Summary(n, mean, mean, mean, 0.0)
     deviation = statistics.stdev(values)
+    # Imported here, as below, because it takes half a second.
+    from scipy.stats import t
+
     low, high = t.interval(CONFIDENCE, n - 1, loc=mean, scale=deviation / n**0.5)
     return Summary(n, mean, float(low), float(high), deviation)
 
@@ -102,6 +103,8 @@ def _compare(accuracies: Mapping[int, float], reference: Mapping[int, float]) ->
     summary = summarize(list(differences.values()))
     p = effect_size = None
     if summary.deviation:
+        from scipy.stats import ttest_rel
+
         pairs = [[arm[seed] for seed in seeds] for arm in (accuracies, reference)]
         p, effect_size = float(ttest_rel(*pairs).pvalue), summary.mean / summary.deviation
     elif summary.deviation == 0 and abs(summary.mean) < _EQUAL:

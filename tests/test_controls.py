@@ -56,7 +56,7 @@ def test_control_is_the_config_without_memory():
 @pytest.mark.parametrize("name", SMALL)
 def test_count_is_that_of_describe(name):
     for config in (load(*SMALL[name]), derive(load(*SMALL[name]), "control")):
-        text = describe(config).replace(",", "")
+        text = describe(config)[0].replace(",", "")
         params, multiply_adds = count(config)
         assert int(re.search(r"^total +(\d+)", text, re.MULTILINE)[1]) == params
         alone = int(re.search(r"forward pass: (\d+)", text)[1])

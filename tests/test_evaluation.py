@@ -12,6 +12,7 @@ import pytest
 import sklearn.datasets
 from flax import linen as nn
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 from aim_flax import AiM, Memory, intervene
 from aim_flax import config as configs
@@ -35,7 +36,7 @@ from aim_flax.evaluate.memory_use import memory_use
 from aim_flax.models.mlp import MLP
 from aim_flax.statistics import holm
 from aim_flax.train import evaluate_run, loop, restore
-from aim_flax.train import report as run_report
+from aim_flax.train import plots as run_plots
 from tests.arrays import KEY, random_variables
 from tests.asserts import fails, refused
 from tests.runs import digits, read_csv, read_json, snapshot, write_run
@@ -86,6 +87,13 @@ def test_padding_is_not_counted(kind, count, batch_size, devices):
 def evaluation_of(confusion):
     confusion = np.array(confusion)
     return Evaluation(0.0, confusion, np.arange(confusion.sum()) < np.trace(confusion))
+
+
+@pytest.mark.parametrize("correct", [0, 1, 8, 351, 359, 360])
+def test_accuracy_interval_is_scipys(correct):
+    interval = binomtest(correct, 360).proportion_ci(0.95, method="wilson")
+    evaluation = evaluation_of([[correct, 360 - correct], [0, 0]])
+    assert evaluation.accuracy_interval() == pytest.approx(tuple(interval), rel=1e-14, abs=0)
 
 
 def test_accuracy_interval_is_wilsons():
@@ -398,7 +406,7 @@ def test_command_line_with_altered_memory(run, capsys):
 
 
 def history_of(uses, epochs=3):
-    row = dict.fromkeys(run_report.HISTORY_COLUMNS, 0.5)
+    row = dict.fromkeys(run_plots.HISTORY_COLUMNS, 0.5)
     return [row | {"epoch": e, "step": 10 * e, "memory_use": uses} for e in range(1, epochs + 1)]
 
 
@@ -406,7 +414,7 @@ def history_of(uses, epochs=3):
 def test_memory_use_has_a_bar_per_layer(tmp_path, monkeypatch, count):
     figures = []
     draw = Figure.draw_without_rendering
-    monkeypatch.setattr(run_report, "save_figure", lambda f, _: figures.append(f) or draw(f))
+    monkeypatch.setattr(run_plots, "save_figure", lambda f, _: figures.append(f) or draw(f))
     history = history_of({})
     names = [f"layer{i}" for i in range(count)]
     for row in history:
@@ -416,7 +424,7 @@ def test_memory_use_has_a_bar_per_layer(tmp_path, monkeypatch, count):
             "read none": {"share": 0.0, "own": 1.0},
             "update layer0": {"share": 1.0, "own": 4.0},
         }
-    run_report.plot_memory_use(tmp_path / "x.png", history, "title", step=20)
+    run_plots.plot_memory_use(tmp_path / "x.png", history, "title", step=20)
     bars, lines, updates, _ = figures[0].axes
     assert [label.get_text() for label in bars.get_yticklabels()] == [*names, "last", "none"]
 
@@ -440,13 +448,13 @@ def test_memory_use_has_a_bar_per_layer(tmp_path, monkeypatch, count):
     for axis in (bars.xaxis, lines.yaxis):
         labels = [label.get_text() for label in axis.get_ticklabels() if label.get_text()]
         assert labels == [f"{float(label):g}" for label in labels] != []
-    run_report.plot_memory_use(tmp_path / "x.png", history, "title")
+    run_plots.plot_memory_use(tmp_path / "x.png", history, "title")
     assert ends(figures[1].axes[0])[0] == 1.5
 
 
 def test_shares_of_nothing_are_no_events(tmp_path, caplog, capsys):
     uses = {"read a": {"share": 1.0, "own": 0.0}, "read b": {"share": 1.0, "own": 2.0}}
-    run_report.Events(tmp_path, 0).write(history_of(uses)[0], None)
+    run_plots.Events(tmp_path, 0).write(history_of(uses)[0], None)
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"memory_use/read_b" in file.read_bytes()
     assert b"memory_use/read_a" not in file.read_bytes()

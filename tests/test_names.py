@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from aim_flax import names
-from aim_flax.evaluate import report
+from aim_flax.evaluate import plots, report
 from aim_flax.evaluate.evaluation import Evaluation
 from aim_flax.files import save_figure
 
@@ -47,7 +47,7 @@ def test_drawn_names_are_the_names(tmp_path):
 def test_plots_and_tables_take_odd_class_names(tmp_path):
     confusion = np.eye(len(ODD), dtype=int)
     evaluation = Evaluation(0.5, confusion, np.ones(len(ODD), bool))
-    report.plot_confusion(tmp_path / "confusion.png", evaluation, ODD, "title")
+    plots.plot_confusion(tmp_path / "confusion.png", evaluation, ODD, "title")
     assert (tmp_path / "confusion.png").stat().st_size > 1000
     lines = report.class_table(report.per_class(evaluation, ODD)).splitlines()
     assert len(lines) == len(ODD) + 1

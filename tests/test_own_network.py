@@ -75,7 +75,7 @@ def own(arm="aim", name="elsewhere.nets:Own", **model):
 
 
 def test_it_is_described_and_built_like_ours():
-    text = describe(own())
+    text, _ = describe(own())
     assert "  first  writes memory from 8" in text
     assert "  last   reads memory into 8" in text
     images = jnp.ones((2, 8, 8, 1))

@@ -113,4 +113,5 @@ def test_a_wheel_has_all_of_it(tmp_path):
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "aim_flax").rglob("*.py")}
     files = {f"aim_flax/configs/{file.name}" for file in (ROOT / "configs").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules | files
+    assert "aim_flax/data/digits_order.npy" in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"aim_flax"}

@@ -6,12 +6,13 @@ from matplotlib.figure import Figure
 
 from aim_flax.evaluate.effects import Effect, Effects
 from aim_flax.evaluate.evaluation import Evaluation
-from aim_flax.evaluate.report import plot_confusion, write_effects
+from aim_flax.evaluate.plots import plot_confusion
+from aim_flax.evaluate.report import write_effects
 from aim_flax.plots import short
 from aim_flax.statistics import compare
 from aim_flax.study import report as study_report
 from aim_flax.study.results import accuracies_by_arm
-from aim_flax.train.report import plot_history
+from aim_flax.train.plots import plot_history
 from tests.test_comparison import recorded
 
 

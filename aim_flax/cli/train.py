@@ -78,30 +78,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     config = configs.override(configs.load(args.config), assignments)
 
-    import jax
-
-    from aim_flax import compile_cache, devices
-    from aim_flax.data.load import open_dataset, with_classes
-    from aim_flax.models.describe import describe
-    from aim_flax.train import loop, processes, workdir
-
     if args.describe:
-        if config.model.num_classes is None:
-            config = with_classes(config, open_dataset(config).classes)
-        from aim_flax.models.build import build_model
-        from aim_flax.train.cost_report import state_report
-        from aim_flax.train.costs import state_sizes
-        from aim_flax.train.experiment import abstract_state
+        from aim_flax.train.describe import describe_training
 
-        print(describe(config))
-        sizes = state_sizes(abstract_state(config, build_model(config)))
-        print(state_report(sizes, devices.Devices(config.parallel, args.devices)))
+        print(describe_training(config, args.devices))
         return
     if args.compile_for is not None:
         from aim_flax.train.compile_for import compile_for
 
         compile_for(config, args.compile_for, args.images_per_chip)
         return
+    import jax
+
+    from aim_flax import compile_cache, devices
+    from aim_flax.train import loop, processes, workdir
+
     place = Path(args.workdir or workdir.default_workdir(config))
     several = contextlib.nullcontext()
     if args.distributed:

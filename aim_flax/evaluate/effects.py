@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
 
 from aim_flax.console import Reporter
 from aim_flax.evaluate.evaluation import Evaluation
@@ -87,6 +86,9 @@ class Plan(NamedTuple):
 
 def mcnemar(worse: int, better: int) -> float:
     """Returns the two-sided p-value of McNemar's exact test, given the two discordant counts."""
+    # Imported here because it takes half a second.
+    from scipy.stats import binomtest
+
     return float(binomtest(worse, worse + better).pvalue) if worse + better else 1.0
 
 

@@ -15,6 +15,9 @@ from aim_flax.data.dataset import EvalBatches
 from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import NotFiniteError
 
+# 95 % of a normal distribution lie within so many standard deviations of its mean.
+_NORMAL_95 = 1.959963984540054
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -77,12 +80,13 @@ class Evaluation:
         return float((2 * np.diag(self.confusion)[there] / total[there]).mean())
 
     def accuracy_interval(self) -> tuple[float, float]:
-        """Returns the 95 % Wilson score interval of the accuracy."""
-        # Imported here because it takes a second, which whoever only predicts doesn't need.
-        from scipy.stats import binomtest
-
-        interval = binomtest(self.correct, self.count).proportion_ci(0.95, method="wilson")
-        return float(interval.low), float(interval.high)
+        """Returns the 95 % Wilson score interval of the accuracy (E. B. Wilson, "Probable
+        Inference", Journal of the American Statistical Association 22, 1927)."""
+        # What scipy.stats.binomtest computes, which takes half a second to import.
+        n, p, z = self.count, self.accuracy, _NORMAL_95
+        centre, half = 2 * n * p + z**2, z * math.sqrt(4 * n * p * (1 - p) + z**2)
+        low, high = ((centre + side) / (2 * (n + z**2)) for side in (-half, half))
+        return low if p > 0 else 0.0, high if p < 1 else 1.0
 
 
 def build_evaluate(
@@ -118,7 +122,7 @@ def build_evaluate(
     add_batch = devices.map(one, donate=(0,), sharded=sharded)
 
     def evaluate(variables: Any) -> Evaluation | list[Evaluation]:
-        axes = jax.tree.leaves(devices.local(variables))[0].shape[:1] if together else ()
+        axes = devices.fetch(jax.tree.leaves(variables)[0]).shape[:1] if together else ()
         sums, of_images = devices.replicate(_zero(axes, num_classes)), []
         for data in batches:
             sums, of_batch = add_batch(sums, variables, data)

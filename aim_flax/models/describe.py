@@ -15,14 +15,26 @@ from aim_flax.memory import distinct_values
 from aim_flax.models.build import build_model
 
 
-def describe(config: ConfigDict) -> str:
-    """Returns the size of a config's network and its memory, and where that is read and written."""
+def describe(config: ConfigDict) -> tuple[str, dict[str, Any]]:
+    """Describes a config's network, in as few traces as that takes: they are most of the time.
+
+    Returns:
+      The size of the network and its memory, and where that is read and written, in lines; and the
+      shapes and dtypes of its variables.
+    """
     shape = (1, *config.data.image_shape)
     model = build_model(config)
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    plain = build_model(ConfigDict({**config, "memory": None}))
-    backbone = jax.eval_shape(plain.init, jax.random.key(0), image)
+    key = jax.eval_shape(jax.random.key, 0)
+    places: dict[tuple[str, ...], Place] = {}
+    if config.memory is None:
+        variables = backbone = jax.eval_shape(model.init, key, image)
+    else:
+        # As `AiM.places` does it.
+        seeing = model.clone(watch=lambda place: places.setdefault(place[:3], place))
+        variables = jax.eval_shape(seeing.init, key, image)
+        plain = build_model(ConfigDict({**config, "memory": None}))
+        backbone = jax.eval_shape(plain.init, key, image)
 
     rows = _table(variables, backbone)
     width = max(len(name) for name, *_ in rows)
@@ -42,8 +54,8 @@ def describe(config: ConfigDict) -> str:
     jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, image)
     lines.append(f"multiply-adds of one image's forward pass: {multiply_adds(jaxpr.jaxpr):,}")
     if config.memory is not None:
-        lines += ["places, in the order of the calls:", *_places(model.places(image))]
-    return "\n".join(lines)
+        lines += ["places, in the order of the calls:", *_places(list(places.values()))]
+    return "\n".join(lines), variables
 
 
 def _places(places: Sequence[Place]) -> list[str]:

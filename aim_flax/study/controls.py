@@ -12,7 +12,6 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-from scipy.optimize import brentq
 
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.memory import Memory, check_memory
@@ -139,6 +138,9 @@ def _most(size: Callable[[int], int], goal: int, limit: int) -> int:
         return 0
     while size(limit) <= goal:
         limit *= 2
+    # Imported here because it takes a while, and few studies have these controls.
+    from scipy.optimize import brentq
+
     # Sizes are nearly quadratic in the units: this takes few steps, bisection many.
     root = brentq(lambda units: size(int(units)) - goal, 0, limit, xtol=1)
     units = int(root) + 1

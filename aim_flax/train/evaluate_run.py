@@ -171,11 +171,13 @@ def evaluate_run(
         "other_images": opened.other_images,
     }
     white = Preprocessing.of(opened.config.data).white
+    from aim_flax.evaluate.plots import plot_confusion
+
     with _writing(workdir, opened):
         report.write_evaluation(
             workdir, f"{split}{suffix}", evaluation, opened.dataset, white, context
         )
-        report.plot_confusion(
+        plot_confusion(
             workdir / f"confusion_{split}{suffix}.png",
             evaluation,
             opened.classes,

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from aim_flax.train.step import (
     TrainState,
     create_state,
     size_in_bytes,
+    state_from,
     train_step,
     variables_of,
     with_variables,
@@ -90,7 +91,8 @@ class Experiment:
         self.config = config = with_classes(config, dataset.classes)
         self.model = build_model(config, axis_name=AXIS)
         # Finds a memory that doesn't fit the network before images are read, or files written.
-        self.abstract_state = abstract_state(config, self.model)
+        self._create = _create(config, self.model)
+        self.abstract_state = self._create.eval_shape(seed=config.seed)
         self._check_statistics()
         self._check_memory()
         check_remat(self.model, tuple(config.data.image_shape), config.train.get("remat", ""))
@@ -197,20 +199,12 @@ class Experiment:
 
     def initial_state(self, pretrained: Pretrained | None = None) -> TrainState:
         """Returns the state at step 0, numpy arrays; `pretrained` is that of this config."""
-        create = self.program(("initial_state",), self._initial_state)
-        state = jax.tree.map(np.asarray, create(seed=self.config.seed))
+        state = jax.tree.map(np.asarray, self._create(seed=self.config.seed))
         pretrained = pretrained or self.pretrained()
         if pretrained is None:
             return state
         # The optimisers' own state does not depend on the parameters' values.
         return with_variables(state, start_from(variables_of(state), pretrained))
-
-    def _initial_state(self) -> Callable:
-        # It runs once, and on CPU optimising its many random draws takes longer than it saves.
-        cpu = jax.default_backend() == "cpu"
-        options = {"xla_backend_optimization_level": 0} if cpu else None
-        create = _create(self.config, self.model, self.optimizer)
-        return jax.jit(create, compiler_options=options)
 
     def train_call(self, length: int, together: bool = False) -> Callable:
         """Returns `length` steps, all within one epoch, as a program of all devices.
@@ -304,12 +298,10 @@ class Experiment:
 
         def build() -> Callable:
             use = functools.partial(memory_use, self.model)
-            return jax.jit(jax.vmap(use, in_axes=(0, None)) if together else use)
+            return self.devices.on_first(jax.vmap(use, in_axes=(0, None)) if together else use)
 
         use = self.program(("probe", together), build)
-        return lambda variables: jax.tree.map(
-            np.asarray, use(self.devices.local(variables), images)
-        )
+        return lambda variables: jax.tree.map(np.asarray, use(variables, images))
 
     def probe_images(self) -> np.ndarray:
         """Returns the first selection batch, (at most eval.batch_size, H, W, C) float32."""
@@ -319,19 +311,31 @@ class Experiment:
 
 def abstract_state(config: ConfigDict, model: nn.Module) -> TrainState:
     """Returns the shapes and dtypes of the training state of a config's network."""
-    # The state's shapes don't depend on the schedule.
-    optimizer = build_optimizer(config, optax.constant_schedule(0.0))
-    return jax.eval_shape(_create(config, model, optimizer), config.seed)
+    return _create(config, model).eval_shape(seed=config.seed)
 
 
-def _create(
-    config: ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation
-) -> Callable[..., TrainState]:
-    """Returns seed -> the training state at step 0."""
-    return functools.partial(
+def abstract_state_from(config: ConfigDict, variables: Mapping[str, Any]) -> TrainState:
+    """Returns the shapes and dtypes of the training state of a network with these variables."""
+    create = functools.partial(state_from, **_state_options(config))
+    return jax.eval_shape(lambda variables: create(variables), dict(variables))
+
+
+def _create(config: ConfigDict, model: nn.Module) -> jax.stages.Wrapped:
+    """Returns seed -> the training state at step 0, a program that is traced once."""
+    create = functools.partial(
         create_state,
         model,
-        optimizer,
         image_shape=tuple(config.data.image_shape),
-        averaged=config.train.get("ema_decay") is not None,
+        **_state_options(config),
     )
+    # It runs once, and on CPU optimising its many random draws takes longer than it saves.
+    cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if cpu else None
+    return jax.jit(create, compiler_options=options)
+
+
+def _state_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns what a training state is made with, besides the network's variables."""
+    # The state at step 0 does not depend on the schedule.
+    optimizer = build_optimizer(config, optax.constant_schedule(0.0))
+    return dict(optimizer=optimizer, averaged=config.train.get("ema_decay") is not None)

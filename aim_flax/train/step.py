@@ -109,6 +109,13 @@ def create_state(
 ) -> TrainState:
     """Returns the state at step 0 for images (B, *image_shape), with a moving average if asked."""
     variables = model.init(init_key(seed), jnp.zeros((1, *image_shape)), train=False)
+    return state_from(variables, optimizer, averaged)
+
+
+def state_from(
+    variables: Mapping[str, Any], optimizer: optax.GradientTransformation, averaged: bool = False
+) -> TrainState:
+    """Returns the state at step 0 of a network that was just initialised with these variables."""
     params = variables["params"]
     model_state = {k: v for k, v in variables.items() if k not in ("params", "intermediates")}
     state = TrainState(

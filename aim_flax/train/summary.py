@@ -72,6 +72,8 @@ def write_results(
     test: Evaluation,
 ) -> None:
     """Writes what a finished run leaves beside its checkpoints and events."""
+    from aim_flax.train import plots
+
     config = experiment.config
     title = f"{config.name}:{config.arm}, seed {config.seed}"
     report.write_metrics(workdir, history)
@@ -80,9 +82,9 @@ def write_results(
         schedule, accuracies = config.schedule, [row["val_accuracy"] for row in history]
         cuts = plateau_cuts(accuracies, schedule.plateau_patience, schedule.plateau_min_delta)
     best_step = summary["best_step"]
-    report.plot_history(workdir / "history.png", history, title, cuts, best_step)
+    plots.plot_history(workdir / "history.png", history, title, cuts, best_step)
     if config.memory is not None:
-        report.plot_memory_use(workdir / "memory_use.png", history, title)
+        plots.plot_memory_use(workdir / "memory_use.png", history, title)
     context = {"split": "test", "checkpoint": "best", "step": best_step}
     context |= {"memory": "keep", "at": ".*", "other_images": None}
     white = Preprocessing.of(config.data).white
