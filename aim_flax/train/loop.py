@@ -7,8 +7,10 @@ single run they have none.
 
 import contextlib
 import dataclasses
+import importlib
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -246,6 +248,8 @@ class Loop:
                 metrics = self.devices.fetch(metrics)
                 if length in compiled:
                     self._note_time(length, time.monotonic() - before, waited)
+                if not compiled and jax.process_index() == 0:
+                    stack.callback(_begin_import("aim_flax.train.plots").join)
                 compiled.add(length)
                 shown = self._note_metrics(metrics)
                 self.step += length
@@ -583,6 +587,14 @@ class Loop:
         if not_finite:
             raise not_finite[0]
         return summaries
+
+
+def _begin_import(name: str) -> threading.Thread:
+    """Imports a module while the devices compute, and returns the thread that does."""
+    # No daemon: Python may crash that ends while such a thread imports a module of C++.
+    thread = threading.Thread(target=importlib.import_module, args=(name,))
+    thread.start()
+    return thread
 
 
 def _keep(best: Any, variables: Any, improved: jax.Array) -> Any:
