@@ -152,5 +152,6 @@ def _check_kernels(memory: Memory, update: MemoryUpdate) -> None:
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """Returns a run's network: that its memory follows the batch was seen in training."""
+    """Returns a run's network: that its memory follows the batch was seen in training, or when its
+    variables were made. To see it the network is traced once more."""
     return model.clone(check_batch=False) if isinstance(model, AiM) else model

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from aim_flax.latch import Place
 from aim_flax.memory import distinct_values
-from aim_flax.models.build import build_model
+from aim_flax.models.build import build_model, trained
 
 
 def describe(config: ConfigDict) -> tuple[str, dict[str, Any]]:
@@ -51,7 +51,9 @@ def describe(config: ConfigDict) -> tuple[str, dict[str, Any]]:
         distinct = distinct_values(memory.shape, memory.kind, memory.get("kernel_size", 1))
         floats = math.prod(memory.shape)
         lines.append(f"memory floats: {floats:,}, of which {distinct:,} can differ")
-    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, image)
+    # Checked above, where it was initialised.
+    checked = trained(model)
+    jaxpr = jax.make_jaxpr(lambda v, x: checked.apply(v, x, train=False))(variables, image)
     lines.append(f"multiply-adds of one image's forward pass: {multiply_adds(jaxpr.jaxpr):,}")
     if config.memory is not None:
         lines += ["places, in the order of the calls:", *_places(list(places.values()))]

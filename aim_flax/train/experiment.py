@@ -22,7 +22,7 @@ from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
 from aim_flax.evaluate.memory_use import memory_use
-from aim_flax.models.build import build_model, field_names, network_class
+from aim_flax.models.build import build_model, field_names, network_class, trained
 from aim_flax.models.pretrained import Pretrained, read_pretrained, start_from
 from aim_flax.options import check_values
 from aim_flax.sources import check_network
@@ -276,7 +276,8 @@ class Experiment:
 
         def build() -> Callable:
             batches, classes = self.eval_batches(split), len(self.dataset.classes)
-            evaluate = build_evaluate(self.model, self.devices, batches, classes, together)
+            network = trained(self.model)
+            evaluate = build_evaluate(network, self.devices, batches, classes, together)
             return evaluate if together else lambda variables: [evaluate(variables)]
 
         return self.program(("evaluate", split, together), build)
@@ -297,7 +298,7 @@ class Experiment:
         images = self.probe_images()
 
         def build() -> Callable:
-            use = functools.partial(memory_use, self.model)
+            use = functools.partial(memory_use, trained(self.model))
             return self.devices.on_first(jax.vmap(use, in_axes=(0, None)) if together else use)
 
         use = self.program(("probe", together), build)
