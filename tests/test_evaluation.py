@@ -37,6 +37,7 @@ from aim_flax.models.mlp import MLP
 from aim_flax.statistics import holm
 from aim_flax.train import evaluate_run, loop, restore
 from aim_flax.train import plots as run_plots
+from aim_flax.train.report import HISTORY_COLUMNS, Events
 from tests.arrays import KEY, random_variables
 from tests.asserts import fails, refused
 from tests.runs import digits, read_csv, read_json, snapshot, write_run
@@ -406,7 +407,7 @@ def test_command_line_with_altered_memory(run, capsys):
 
 
 def history_of(uses, epochs=3):
-    row = dict.fromkeys(run_plots.HISTORY_COLUMNS, 0.5)
+    row = dict.fromkeys(HISTORY_COLUMNS, 0.5)
     return [row | {"epoch": e, "step": 10 * e, "memory_use": uses} for e in range(1, epochs + 1)]
 
 
@@ -454,7 +455,7 @@ def test_memory_use_has_a_bar_per_layer(tmp_path, monkeypatch, count):
 
 def test_shares_of_nothing_are_no_events(tmp_path, caplog, capsys):
     uses = {"read a": {"share": 1.0, "own": 0.0}, "read b": {"share": 1.0, "own": 2.0}}
-    run_plots.Events(tmp_path, 0).write(history_of(uses)[0], None)
+    Events(tmp_path, 0).write(history_of(uses)[0], None)
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"memory_use/read_b" in file.read_bytes()
     assert b"memory_use/read_a" not in file.read_bytes()
