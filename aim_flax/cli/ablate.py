@@ -72,13 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.report_only and not args.config:
         parser.error("the following arguments are required: --config")
 
-    from aim_flax import compile_cache, devices
+    from aim_flax import allocator, compile_cache, devices
     from aim_flax.study.plan import plan
     from aim_flax.study.run import default_workdir, run, write_report
 
     if args.report_only:
         write_report(args.workdir, args.reference, command=command_line("ablate.py", argv))
         return
+    allocator.keep_memory()
     compile_cache.enable()
     devices.warn_of_wrong_results()
     arms = [name.strip() for name in args.arms.split(",")] if args.arms else []

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aim_flax import compile_cache
+from aim_flax import allocator, compile_cache
 from aim_flax import config as configs
 from aim_flax.console import CommandParser, as_command, parse_with_overrides
 from aim_flax.errors import UsageError
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.steps < 1:
         raise UsageError(f"--steps is {args.steps}, expected at least 1")
     config = configs.override(configs.load(args.config), assignments)
+    allocator.keep_memory()
     compile_cache.enable()
     experiment = Experiment(config, args.devices)
     batches = experiment.train_batches

@@ -51,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if assignment.partition(".")[0] not in ("data", "eval"):
             parser.error(f"--config.{assignment}: of a run, only data and eval can be changed")
 
-    from aim_flax import compile_cache, devices
+    from aim_flax import allocator, compile_cache, devices
     from aim_flax.train.evaluate_run import evaluate_interventions, evaluate_run, picture_memory
 
+    allocator.keep_memory()
     compile_cache.enable()
     devices.warn_of_wrong_results()
     at = ".*" if args.at is None else args.at

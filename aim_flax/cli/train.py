@@ -90,9 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     import jax
 
-    from aim_flax import compile_cache, devices
+    from aim_flax import allocator, compile_cache, devices
     from aim_flax.train import loop, processes, workdir
 
+    allocator.keep_memory()
     place = Path(args.workdir or workdir.default_workdir(config))
     several = contextlib.nullcontext()
     if args.distributed:
