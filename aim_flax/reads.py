@@ -16,7 +16,8 @@ from flax.core import Scope
 from flax.errors import ScopeParamShapeError
 
 from aim_flax.errors import UsageError
-from aim_flax.memory import computed_dtype, fit, kernel_of, resize
+from aim_flax.layers.of_two import halves, twin
+from aim_flax.memory import computed_dtype, fit, resize
 
 READ_MODES = ("concat", "add", "scale", "attend")
 READABLE = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
@@ -220,15 +221,15 @@ def _concat(call: Call, m: jax.Array, measure: bool, called: str) -> jax.Array:
     # Cast as the layer would, so that both can be one array.
     x = call.x.astype(m.dtype)
     with _of_one_map_size(call, m):
-        if getattr(module, "feature_group_count", 1) > 1:
-            own, share = _halves_of_groups(module, x, m)
+        if isinstance(module, nn.Conv | nn.Dense):
+            own, share = halves(module, x, m)
             y = own + share
         else:
             y = call.on(_append(x, m))
             if measure:
                 # Through an unbound twin: a bound module cannot be called within its own call.
-                twin = functools.partial(_plain(module).apply, module.variables)
-                own = twin(_append(x, jnp.zeros_like(m)))
+                apply = twin(module, kind_of(module)).apply
+                own = apply(module.variables, _append(x, jnp.zeros_like(m)))
                 share = y - own
     if measure:
         record(module, share, own, f"{called}_use")
@@ -238,25 +239,6 @@ def _concat(call: Call, m: jax.Array, measure: bool, called: str) -> jax.Array:
 def _append(x: jax.Array, m: jax.Array) -> jax.Array:
     """Returns [x, m] along the channels."""
     return jnp.concatenate([x, jnp.broadcast_to(m, (*x.shape[:-1], m.shape[-1]))], axis=-1)
-
-
-def _halves_of_groups(module: nn.Conv, x: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a grouped convolution of x, and what its kernel's part for the memory adds.
-
-    Every group reads the whole memory, so that part is an ungrouped convolution of m. [x, m], with
-    a copy of m for every group, would be larger than x by as many times as m has channels.
-    """
-    own = x.shape[-1] // module.feature_group_count
-    shape = (*kernel_of(module.kernel_size, x.ndim - 2), own + m.shape[-1], module.features)
-    # In the order in which the layer makes them, so with the initial values that it would draw.
-    kernel = module.param("kernel", module.kernel_init, shape, module.param_dtype)
-    params = {"kernel": kernel[..., :own, :]}
-    if module.use_bias:
-        shape = (module.features,)
-        params["bias"] = module.param("bias", module.bias_init, shape, module.param_dtype)
-    y = _plain(module).apply({"params": params}, x)
-    reader = _plain(module, feature_group_count=1, use_bias=False)
-    return y, reader.apply({"params": {"kernel": kernel[..., own:, :]}}, m)
 
 
 def _check_input(call: Call) -> None:
@@ -321,14 +303,6 @@ def check_batch(m: jax.Array, x: jax.Array, path: str) -> None:
         )
 
 
-def _plain(module: nn.Module, parent: Scope | None = None, **changes: Any) -> nn.Module:
-    """Returns a layer of the class of READABLE itself with the module's options."""
-    kind = kind_of(module)
-    names = {field.name for field in dataclasses.fields(kind)} - {"parent", "name"}
-    options = {name: getattr(module, name) for name in names}
-    return kind(**{**options, **changes}, parent=parent)
-
-
 def _read_layer(module: nn.Module, zero_init: bool, scope: Scope) -> nn.Module:
     """Returns the layer that reads the memory for `module`: as it, without bias and groups.
 
@@ -339,7 +313,7 @@ def _read_layer(module: nn.Module, zero_init: bool, scope: Scope) -> nn.Module:
         changes["kernel_init"] = functools.partial(_zeros_like, module.kernel_init)
     if isinstance(module, nn.Conv):
         changes["feature_group_count"] = 1
-    return _plain(module, scope, **changes)
+    return twin(module, kind_of(module), scope, **changes)
 
 
 def _zeros_like(initializer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

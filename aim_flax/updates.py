@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_flax.errors import UsageError, check_choice
+from aim_flax.layers.batch_norm import BatchNorm
+from aim_flax.layers.convolution import convolution
+from aim_flax.layers.of_two import ConvOfTwo, DenseOfTwo
 from aim_flax.memory import computed_dtype, fit, kernel_of, resize
 from aim_flax.windows import window_means
 
@@ -154,21 +157,25 @@ class MemoryUpdate(nn.Module):
         """Returns [x, m] after the hidden layers, (*x.shape[:-1], features[-1])."""
         # In what the layers compute in: numbers of the memory are lost in an integer's.
         dtype = computed_dtype(x, self.dtype)
-        m = jnp.broadcast_to(m, (*x.shape[:-1], m.shape[-1]))
-        h = jnp.concatenate([x.astype(dtype), m.astype(dtype)], axis=-1)
-        kind, layer = "dense", nn.Dense
+        x, m = x.astype(dtype), m.astype(dtype)
+        if not self.features:
+            m = jnp.broadcast_to(m, (*x.shape[:-1], m.shape[-1]))
+            return jnp.concatenate([x, m], axis=-1)
+        kind, of_two, layer = "dense", DenseOfTwo, nn.Dense
         if maps:
             size = kernel_of(self.kernel_size, x.ndim - 2)
-            kind, layer = "conv", partial(nn.Conv, kernel_size=size)
+            options = {"kernel_size": size, "conv_general_dilated": convolution}
+            kind, of_two, layer = "conv", *(partial(k, **options) for k in (ConvOfTwo, nn.Conv))
+        inputs = (x, m)
         for i, features in enumerate(self.features, start=1):
-            h = layer(
+            h = (of_two if i == 1 else layer)(
                 features=features,
                 kernel_init=nn.initializers.he_normal(),
                 dtype=self.dtype,
                 name=f"{kind}{i}",
-            )(h)
-            h = nn.sigmoid(self._norm(f"norm{i}", train)(h))
-        return h
+            )(*inputs)
+            inputs = (nn.sigmoid(self._norm(f"norm{i}", train)(h)),)
+        return inputs[0]
 
     def _found(self, x: jax.Array, m: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Returns what each slot's query finds in x, (B, *m.shape[1:])."""
@@ -218,7 +225,7 @@ class MemoryUpdate(nn.Module):
     def _norm(self, name: str, train: bool) -> nn.Module:
         if self.pool == "causal":
             return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
-        return nn.BatchNorm(
+        return BatchNorm(
             use_running_average=not train,
             momentum=self.momentum,
             epsilon=self.epsilon,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from aim_flax.models.batch_norm import BatchNorm
+from aim_flax.layers.batch_norm import BatchNorm
 from tests.arrays import draw, random_variables
 from tests.asserts import assert_close
 

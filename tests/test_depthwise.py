@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from aim_flax.models import depthwise
-from aim_flax.models.depthwise import depthwise_taps
+from aim_flax.layers import depthwise
+from aim_flax.layers.depthwise import depthwise_taps
 from aim_flax.models.describe import multiply_adds
 from tests.arrays import draw
 from tests.asserts import assert_close

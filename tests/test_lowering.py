@@ -6,8 +6,8 @@ import pytest
 from jax import export
 from ml_collections import ConfigDict
 
-from aim_flax.models.batch_norm import BatchNorm
-from aim_flax.models.depthwise import depthwise_taps
+from aim_flax.layers.batch_norm import BatchNorm
+from aim_flax.layers.depthwise import depthwise_taps
 from aim_flax.train.topologies import planned
 from tests.runs import arms, load
 from tests.test_arms import SMALLER

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -38,12 +37,9 @@ def test_there_is_one_for_each_place():
 
 @pytest.mark.parametrize("flags", COMMANDS)
 def test_commands_are_taken(flags, monkeypatch):
-    monkeypatch.setattr(
-        "aim_flax.data.load.open_dataset", lambda config: SimpleNamespace(classes=())
-    )
-    monkeypatch.setattr("aim_flax.data.load.with_classes", lambda config, classes: config)
     described = []
-    monkeypatch.setattr("aim_flax.models.describe.describe", lambda config: described.append(1))
+    describe = lambda config, devices: described.append(1)  # noqa: E731
+    monkeypatch.setattr("aim_flax.train.describe.describe_training", describe)
     costed = lambda config, names, images: described.append(1)  # noqa: E731
     monkeypatch.setattr("aim_flax.train.compile_for.compile_for", costed)
     # What a shell puts in their place.

@@ -106,9 +106,10 @@ def _part(path: tuple[str, ...]) -> str:
 def multiply_adds(jaxpr: Jaxpr) -> int:
     """Returns the multiply-adds of all matrix products and convolutions in a jaxpr.
 
-    Padding counts as well; the body of a scan counts once per turn.
+    Padding counts as well; the body of a scan counts once per turn. Where platforms differ in how
+    something is computed, it counts as on those that have no way of their own.
     """
-    total = 0
+    total, platforms = 0, set()
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         out = equation.outvars[0].aval
@@ -119,6 +120,10 @@ def multiply_adds(jaxpr: Jaxpr) -> int:
             kernel = equation.invars[1].aval
             features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             total += out.size * kernel.size // features
+        elif name == "platform_index":
+            platforms.add(equation.outvars[0])
+        elif name == "cond" and equation.invars[0] in platforms:
+            total += multiply_adds(params["branches"][-1].jaxpr)  # the default
         else:
             inner = sum(multiply_adds(sub) for sub in _inner(params))
             total += inner * (params["length"] if name == "scan" else 1)

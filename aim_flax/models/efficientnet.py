@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_flax.errors import UsageError
-from aim_flax.models.batch_norm import BatchNorm
-from aim_flax.models.depthwise import depthwise_taps
+from aim_flax.layers.batch_norm import BatchNorm
+from aim_flax.layers.depthwise import depthwise_taps
 
 # Of the seven stages: the depthwise kernels, their strides, and how much wider a block is inside.
 _KERNELS = (3, 3, 5, 3, 5, 5, 3)

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_flax.errors import UsageError, check_choice
-from aim_flax.models.pointwise import pointwise_einsum
+from aim_flax.layers.batch_norm import BatchNorm
+from aim_flax.layers.pointwise import pointwise_product
+from aim_flax.layers.pooling import max_pool
 
 STEMS = ("imagenet", "cifar")
 STRIDES_ON = ("conv1", "conv2")
-POINTWISE = {"einsum": pointwise_einsum, "conv": None}
+POINTWISE = {"einsum": pointwise_product, "conv": None}
 
 
 class ResNet(nn.Module):
@@ -42,8 +44,8 @@ class ResNet(nn.Module):
         published; "conv2", as in torchvision ("v1.5"), which pads it by 1 on all sides.
       dtype: of the computation; None takes the inputs' and parameters' own, also for the logits.
       axis_name: device axis over which batch statistics are averaged in training, or None.
-      pointwise: "einsum" computes 1x1 convolutions as matrix products, which XLA does faster on
-        CPU; "conv" leaves them convolutions.
+      pointwise: "einsum" computes convolutions on CPU as `aim_flax.layers` does, those of 1x1 as
+        matrix products; "conv" leaves them to XLA, which takes longer.
     """
 
     num_classes: int
@@ -82,7 +84,7 @@ class ResNet(nn.Module):
             conv_general_dilated=POINTWISE[self.pointwise],
         )
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.momentum,
             epsilon=self.epsilon,
@@ -150,7 +152,7 @@ class Stem(nn.Module):
             images
         )
         x = nn.relu(self.norm(name="norm")(x))
-        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])
+        return max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])
 
 
 class BottleneckBlock(nn.Module):

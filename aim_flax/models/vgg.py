@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_flax.errors import UsageError, check_choice
+from aim_flax.layers.batch_norm import BatchNorm
+from aim_flax.layers.convolution import convolution
+from aim_flax.layers.pooling import max_pool
 from aim_flax.windows import window_means
 
 POOLINGS = ("flatten", "global", "grid")
@@ -65,7 +68,7 @@ class VGG(nn.Module):
         """
         self._check(images)
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.momentum,
             epsilon=self.epsilon,
@@ -83,6 +86,7 @@ class VGG(nn.Module):
                     (3, 3),
                     kernel_init=he_normal,
                     dtype=self.dtype,
+                    conv_general_dilated=convolution,
                     name=f"stage{stage}_conv{i}",
                 )(x)
                 if self.batch_norm:
@@ -135,4 +139,4 @@ class MaxPool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns (B, H // 2, W // 2, C)."""
-        return nn.max_pool(x, (2, 2), strides=(2, 2))
+        return max_pool(x, (2, 2), strides=(2, 2))

@@ -5,16 +5,16 @@ weighted maps, and its gradient 10 to 50 times slower (32 images of 4 to 64 px, 
 channels, float32, 2 cores, jax 0.10.1). Elsewhere it has fast kernels for them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from aim_flax.models.pointwise import is_channels_last, pointwise_einsum
-
-Pads = tuple[tuple[int, int], tuple[int, int]]
+from aim_flax.layers.convolution import Pads, is_undilated, shifted
+from aim_flax.layers.pointwise import pointwise_product
+from aim_flax.layers.sums import sum_dtype
 
 
 def depthwise_taps(
@@ -28,13 +28,13 @@ def depthwise_taps(
 
     For the `conv_general_dilated` argument of `nn.Conv`; parameters stay as they are. That of
     channels-last images with one kernel for each channel, undilated, is meant; all others go to
-    `pointwise_einsum`. It can be differentiated once, in reverse.
+    `pointwise_product`. It can be differentiated once, in reverse.
 
     Returns:
       What `jax.lax.conv_general_dilated` returns, but for rounding.
     """
     if not _is_depthwise(lhs, rhs, options):
-        return pointwise_einsum(lhs, rhs, window_strides, padding, **options)
+        return pointwise_product(lhs, rhs, window_strides, padding, **options)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
     pads = tuple((int(low), int(high)) for low, high in padding)
@@ -47,8 +47,7 @@ def _is_depthwise(lhs: jax.Array, rhs: jax.Array, options: Mapping[str, Any]) ->
         return False
     if options.get("precision") is not None:
         return False
-    dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
-    return all(n == 1 for n in dilations) and is_channels_last(lhs, rhs, options)
+    return is_undilated(lhs, rhs, options)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -96,7 +95,7 @@ def _gradients(
 def _sum_of_taps(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads
 ) -> jax.Array:
-    (rows, columns), sum_dtype = kernel.shape[:2], jnp.promote_types(x.dtype, jnp.float32)
+    (rows, columns), dtype = kernel.shape[:2], sum_dtype(x.dtype)
     size = [
         (n + low + high - k) // stride + 1
         for n, (low, high), k, stride in zip(
@@ -104,9 +103,9 @@ def _sum_of_taps(
         )
     ]
     x = _pad(x, [(*pad, 0) for pad in pads])
-    weights = kernel.reshape(rows * columns, -1).astype(sum_dtype)
-    shifted = _shifted(x, (rows, columns), size, strides)
-    terms = [tap.astype(sum_dtype) * weight for tap, weight in zip(shifted, weights, strict=True)]
+    weights = kernel.reshape(rows * columns, -1).astype(dtype)
+    parts = shifted(x, (rows, columns), size, strides)
+    terms = [tap.astype(dtype) * weight for tap, weight in zip(parts, weights, strict=True)]
     return sum(terms[1:], start=terms[0]).astype(x.dtype)
 
 
@@ -126,14 +125,14 @@ def _tap_gradients(
     # positions. As one reduction XLA on CPU takes several times as long.
     x = _pad(x, [(*pad, 0) for pad in pads])
     taps, size = kernel.shape[:2], change.shape[1:3]
-    sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = sum_dtype(x.dtype)
 
     def add(sums: list[jax.Array], image: tuple[jax.Array, jax.Array]) -> tuple[list, None]:
-        one, by = image[0][None], image[1].astype(sum_dtype)
-        parts = [tap[0].astype(sum_dtype) for tap in _shifted(one, taps, size, strides)]
+        one, by = image[0][None], image[1].astype(dtype)
+        parts = [tap[0].astype(dtype) for tap in shifted(one, taps, size, strides)]
         return [total + part * by for total, part in zip(sums, parts, strict=True)], None
 
-    zeros = [jnp.zeros(change.shape[1:], sum_dtype)] * (taps[0] * taps[1])
+    zeros = [jnp.zeros(change.shape[1:], dtype)] * (taps[0] * taps[1])
     sums, _ = jax.lax.scan(add, zeros, (x, change))
     of_kernel = jnp.stack([s.sum(axis=(0, 1)) for s in sums]).reshape(kernel.shape)
     return of_x, of_kernel.astype(kernel.dtype)
@@ -142,13 +141,3 @@ def _tap_gradients(
 def _pad(x: jax.Array, pads: Sequence[tuple[int, int, int]]) -> jax.Array:
     """Pads (low, high, between) rows and columns of zeros; a negative number takes some away."""
     return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
-
-
-def _shifted(
-    x: jax.Array, taps: Sequence[int], size: Sequence[int], strides: Sequence[int]
-) -> Iterator[jax.Array]:
-    """Yields, for each tap of a kernel, the part of a padded map that it is multiplied with."""
-    stops = [(n - 1) * stride + 1 for n, stride in zip(size, strides, strict=True)]
-    for i in range(taps[0]):
-        for j in range(taps[1]):
-            yield x[:, i : i + stops[0] : strides[0], j : j + stops[1] : strides[1]]

@@ -1,0 +1,164 @@
+"""Convolutions of images whose kernel gradients are quick on XLA's CPU.
+
+XLA computes the gradient of a kernel as a convolution with windows as large as the map, which takes
+two to four times as long as the convolution itself. Here it is a sum of matrix products: over the
+taps of the kernel, or, where one of the two arrays has few channels, over its rows, with windows of
+that array's columns side by side. Elsewhere all is left to XLA.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+_NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+def convolution(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    **options: Any,
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated` with another gradient of the kernel on CPU.
+
+    For the `conv_general_dilated` argument of `nn.Conv`. Ungrouped, undilated convolutions of
+    channels-last images are meant, which can be differentiated in reverse only; all others go to
+    `jax.lax`.
+
+    Returns:
+      What `jax.lax.conv_general_dilated` returns.
+    """
+    if not is_undilated(lhs, rhs, options) or options.get("feature_group_count", 1) != 1:
+        return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
+    pads = tuple((int(low), int(high)) for low, high in padding)
+    return _convolve(lhs, rhs, tuple(window_strides), pads, options.get("precision"))
+
+
+def is_undilated(lhs: jax.Array, rhs: jax.Array, options: Mapping[str, Any]) -> bool:
+    """Returns whether a convolution with these options is of images (B, H, W, C), undilated."""
+    dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
+    if rhs.ndim != 4 or any(n != 1 for n in dilations):
+        return False
+    numbers, channels_last = (
+        jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, form)
+        for form in (options.get("dimension_numbers"), _NUMBERS)
+    )
+    return numbers == channels_last
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolve(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, precision: Any
+) -> jax.Array:
+    """Returns (B, H', W', F) for x (B, H, W, C) and a kernel (k, l, C, F)."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, pads, dimension_numbers=_NUMBERS, precision=precision
+    )
+
+
+def _forward(x: jax.Array, kernel: jax.Array, *given: Any) -> tuple:
+    return _convolve(x, kernel, *given), (x, kernel)
+
+
+def _backward(
+    strides: tuple[int, int], pads: Pads, precision: Any, kept: tuple, change: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, pads, dimension_numbers=_NUMBERS, precision=precision
+        )
+
+    def as_convolution(x: jax.Array, change: jax.Array) -> jax.Array:
+        return jax.vjp(partial(convolve, x), kernel)[1](change)[0]
+
+    def as_products(x: jax.Array, change: jax.Array) -> jax.Array:
+        channels, features = x.shape[-1], change.shape[-1]
+        multiply = partial(jnp.matmul, precision=precision)
+        if channels >= 4 * features and strides == (1, 1):
+            return _windows_of_changes(multiply, x, change, kernel.shape, pads)
+        x = _pad(x, pads)
+        given = (multiply, x, change, kernel.shape, strides)
+        return _windows(*given) if channels < 8 else _taps(*given)
+
+    # Those of few channels are convolved as quickly, and need no room beside them.
+    few = 8 <= x.shape[-1] < 16
+    ways = {"default": as_convolution, "cpu": as_convolution if few else as_products}
+    of_kernel = jax.lax.platform_dependent(x, change, **ways)
+    return jax.vjp(lambda x: convolve(x, kernel), x)[1](change)[0], of_kernel
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _taps(
+    multiply: Any,
+    x: jax.Array,
+    change: jax.Array,
+    shape: Sequence[int],
+    strides: tuple[int, int],
+) -> jax.Array:
+    """Returns the kernel's gradient as one product for each tap, of a padded x."""
+    rows, columns, channels, features = shape
+    taps = shifted(x, (rows, columns), change.shape[1:3], strides)
+    change = change.reshape(-1, features)
+    of_taps = [multiply(tap.reshape(-1, channels).T, change) for tap in taps]
+    return jnp.stack(of_taps).reshape(shape)
+
+
+def _windows(
+    multiply: Any,
+    x: jax.Array,
+    change: jax.Array,
+    shape: Sequence[int],
+    strides: tuple[int, int],
+) -> jax.Array:
+    """Returns the kernel's gradient as one product for each of its rows, of a padded x."""
+    rows, columns, channels, features = shape
+    height, width = change.shape[1:3]
+    side_by_side = shifted(x, (1, columns), (x.shape[1], width), (1, strides[1]))
+    x = jnp.concatenate(list(side_by_side), axis=-1)
+    change = change.reshape(-1, features)
+    of_rows = [
+        multiply(part.reshape(-1, columns * channels).T, change)
+        for part in shifted(x, (rows, 1), (height, width), (strides[0], 1))
+    ]
+    return jnp.stack(of_rows).reshape(shape)
+
+
+def _windows_of_changes(
+    multiply: Any, x: jax.Array, change: jax.Array, shape: Sequence[int], pads: Pads
+) -> jax.Array:
+    """Returns the kernel's gradient, for strides of 1, with windows of the output's changes.
+
+    What a tap is to the input, the opposite one is to the output.
+    """
+    rows, columns, channels, features = shape
+    sizes = zip(x.shape[1:3], change.shape[1:3], (rows, columns), pads, strict=True)
+    around = [(k - 1 - low, n + low - out) for n, out, k, (low, _) in sizes]
+    turned = (rows, columns, features, channels)
+    found = _windows(multiply, _pad(change, around), x, turned, (1, 1))
+    return found[::-1, ::-1].swapaxes(2, 3)
+
+
+def _pad(x: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
+    """Pads rows and columns of zeros; a negative number takes some away."""
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)])
+
+
+def shifted(
+    x: jax.Array, taps: Sequence[int], size: Sequence[int], strides: Sequence[int]
+) -> Iterator[jax.Array]:
+    """Yields, for each tap of a kernel, the part of a padded map that it is multiplied with."""
+    stops = [(n - 1) * stride + 1 for n, stride in zip(size, strides, strict=True)]
+    for i in range(taps[0]):
+        for j in range(taps[1]):
+            yield x[:, i : i + stops[0] : strides[0], j : j + stops[1] : strides[1]]
