@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aim_flax import build_model
+from aim_flax import allocator, build_model
 from aim_flax import config as configs
 from aim_flax.console import reporting_errors
 from aim_flax.errors import UsageError
@@ -127,6 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.largest and jax.default_backend() == "cpu":
         raise UsageError("--largest needs an accelerator: a CPU would start to swap")
+    allocator.keep_memory()  # as commands do
     chosen = variants(args)
     if args.largest:
         measured = [largest(name, config, args.rounds) for name, config in chosen.items()]

@@ -10,12 +10,14 @@ import optax
 from against import in_jax, inputs
 from flax import traverse_util
 
-from aim_flax import build_model
+from aim_flax import allocator, build_model
 from aim_flax import config as configs
 from aim_flax.train.optimizer import build_optimizer
 from aim_flax.train.step import create_state, train_step, trained_variables, with_variables
 
 ROOT = Path(__file__).parents[2]
+# As our commands do, before JAX starts its threads.
+allocator.keep_memory()
 
 
 def drawn(shapes: Any) -> Any:
