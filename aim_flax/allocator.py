@@ -37,7 +37,7 @@ def keep_memory() -> bool:
     if kept:
         with contextlib.suppress(OSError, ValueError):
             _ask_for_huge_pages(library, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2)
-    return bool(kept)
+    return kept
 
 
 def _ask_for_huge_pages(library: ctypes.CDLL, size: int) -> None:

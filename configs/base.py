@@ -150,7 +150,7 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
         config.model.momentum = 0.99  # of the batch norms
         config.model.epsilon = 1e-3
         config.model.stride_on = "conv1"  # or conv2: which of a block's convolutions has its stride
-        config.model.pointwise = "einsum"  # or conv: how 1x1 convolutions are computed
+        config.model.pointwise = "einsum"  # or conv: how convolutions are computed on CPU
         config.memory.read = Derived(config.model, lambda model: f"{block(model)}/conv1")
         config.memory.read_initial = Derived(config.model, later_block)
         config.memory.update_after = r"stage[123]_block1"

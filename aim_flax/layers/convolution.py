@@ -6,7 +6,7 @@ taps of the kernel, or, where one of the two arrays has few channels, over its r
 that array's columns side by side. Elsewhere all is left to XLA.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,14 +53,31 @@ def is_undilated(lhs: jax.Array, rhs: jax.Array, options: Mapping[str, Any]) -> 
     return numbers == channels_last
 
 
+def plain(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    pads: Pads | str,
+    precision: Any = None,
+    groups: int = 1,
+) -> jax.Array:
+    """Returns XLA's convolution, (B, H', W', F), of x (B, H, W, C) and a kernel (k, l, C, F)."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        pads,
+        dimension_numbers=_NUMBERS,
+        feature_group_count=groups,
+        precision=precision,
+    )
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _convolve(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, precision: Any
 ) -> jax.Array:
-    """Returns (B, H', W', F) for x (B, H, W, C) and a kernel (k, l, C, F)."""
-    return jax.lax.conv_general_dilated(
-        x, kernel, strides, pads, dimension_numbers=_NUMBERS, precision=precision
-    )
+    return plain(x, kernel, strides, pads, precision)
 
 
 def _forward(x: jax.Array, kernel: jax.Array, *given: Any) -> tuple:
@@ -73,9 +90,7 @@ def _backward(
     x, kernel = kept
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            x, kernel, strides, pads, dimension_numbers=_NUMBERS, precision=precision
-        )
+        return plain(x, kernel, strides, pads, precision)
 
     def as_convolution(x: jax.Array, change: jax.Array) -> jax.Array:
         return jax.vjp(partial(convolve, x), kernel)[1](change)[0]
@@ -85,9 +100,11 @@ def _backward(
         multiply = partial(jnp.matmul, precision=precision)
         if channels >= 4 * features and strides == (1, 1):
             return _windows_of_changes(multiply, x, change, kernel.shape, pads)
-        x = _pad(x, pads)
-        given = (multiply, x, change, kernel.shape, strides)
-        return _windows(*given) if channels < 8 else _taps(*given)
+        x = pad(x, pads)
+        if channels < 8:
+            return _windows(multiply, x, change, kernel.shape, strides)
+        taps = shifted(x, kernel.shape[:2], change.shape[1:3], strides)
+        return _products(multiply, taps, change, kernel.shape)
 
     # Those of few channels are convolved as quickly, and need no room beside them.
     few = 8 <= x.shape[-1] < 16
@@ -99,19 +116,13 @@ def _backward(
 _convolve.defvjp(_forward, _backward)
 
 
-def _taps(
-    multiply: Any,
-    x: jax.Array,
-    change: jax.Array,
-    shape: Sequence[int],
-    strides: tuple[int, int],
+def _products(
+    multiply: Any, parts: Iterable[jax.Array], change: jax.Array, shape: Sequence[int]
 ) -> jax.Array:
-    """Returns the kernel's gradient as one product for each tap, of a padded x."""
-    rows, columns, channels, features = shape
-    taps = shifted(x, (rows, columns), change.shape[1:3], strides)
-    change = change.reshape(-1, features)
-    of_taps = [multiply(tap.reshape(-1, channels).T, change) for tap in taps]
-    return jnp.stack(of_taps).reshape(shape)
+    """Returns a kernel's gradient, of this shape, as one product for each part of the input."""
+    change = change.reshape(-1, change.shape[-1])
+    found = [multiply(part.reshape(-1, part.shape[-1]).T, change) for part in parts]
+    return jnp.stack(found).reshape(shape)
 
 
 def _windows(
@@ -122,16 +133,11 @@ def _windows(
     strides: tuple[int, int],
 ) -> jax.Array:
     """Returns the kernel's gradient as one product for each of its rows, of a padded x."""
-    rows, columns, channels, features = shape
     height, width = change.shape[1:3]
-    side_by_side = shifted(x, (1, columns), (x.shape[1], width), (1, strides[1]))
+    side_by_side = shifted(x, (1, shape[1]), (x.shape[1], width), (1, strides[1]))
     x = jnp.concatenate(list(side_by_side), axis=-1)
-    change = change.reshape(-1, features)
-    of_rows = [
-        multiply(part.reshape(-1, columns * channels).T, change)
-        for part in shifted(x, (rows, 1), (height, width), (strides[0], 1))
-    ]
-    return jnp.stack(of_rows).reshape(shape)
+    rows = shifted(x, (shape[0], 1), (height, width), (strides[0], 1))
+    return _products(multiply, rows, change, shape)
 
 
 def _windows_of_changes(
@@ -145,13 +151,19 @@ def _windows_of_changes(
     sizes = zip(x.shape[1:3], change.shape[1:3], (rows, columns), pads, strict=True)
     around = [(k - 1 - low, n + low - out) for n, out, k, (low, _) in sizes]
     turned = (rows, columns, features, channels)
-    found = _windows(multiply, _pad(change, around), x, turned, (1, 1))
+    found = _windows(multiply, pad(change, around), x, turned, (1, 1))
     return found[::-1, ::-1].swapaxes(2, 3)
 
 
-def _pad(x: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
-    """Pads rows and columns of zeros; a negative number takes some away."""
-    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)])
+def pad(x: jax.Array, pads: Sequence[Sequence[int]], value: float = 0) -> jax.Array:
+    """Pads rows and columns of maps, (B, H, W, C).
+
+    Args:
+      pads: for rows and for columns how many come before and behind, and, if not 0, between them; a
+        negative number takes some away.
+    """
+    around = [(0, 0, 0), *((*sides, 0)[:3] for sides in pads), (0, 0, 0)]
+    return jax.lax.pad(x, jnp.full((), value, x.dtype), around)
 
 
 def shifted(

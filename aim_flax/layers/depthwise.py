@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aim_flax.layers.convolution import Pads, is_undilated, shifted
+from aim_flax.layers.convolution import Pads, is_undilated, pad, plain, shifted
 from aim_flax.layers.pointwise import pointwise_product
 from aim_flax.layers.sums import sum_dtype
 
@@ -75,14 +75,7 @@ _depthwise.defvjp(_forward, _backward)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        pads,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
+    return plain(x, kernel, strides, pads, groups=x.shape[-1])
 
 
 def _gradients(
@@ -102,7 +95,7 @@ def _sum_of_taps(
             x.shape[1:3], pads, kernel.shape[:2], strides, strict=True
         )
     ]
-    x = _pad(x, [(*pad, 0) for pad in pads])
+    x = pad(x, pads)
     weights = kernel.reshape(rows * columns, -1).astype(dtype)
     parts = shifted(x, (rows, columns), size, strides)
     terms = [tap.astype(dtype) * weight for tap, weight in zip(parts, weights, strict=True)]
@@ -119,11 +112,11 @@ def _tap_gradients(
     ):
         before = k - 1 - low
         apart.append((before, n + k - 1 - before - ((out - 1) * stride + 1), stride - 1))
-    of_x = _sum_of_taps(_pad(change, apart), kernel[::-1, ::-1], (1, 1), ((0, 0), (0, 0)))
+    of_x = _sum_of_taps(pad(change, apart), kernel[::-1, ::-1], (1, 1), ((0, 0), (0, 0)))
 
     # Of the kernel: sums over the images first, one image after the other, and then over their
     # positions. As one reduction XLA on CPU takes several times as long.
-    x = _pad(x, [(*pad, 0) for pad in pads])
+    x = pad(x, pads)
     taps, size = kernel.shape[:2], change.shape[1:3]
     dtype = sum_dtype(x.dtype)
 
@@ -136,8 +129,3 @@ def _tap_gradients(
     sums, _ = jax.lax.scan(add, zeros, (x, change))
     of_kernel = jnp.stack([s.sum(axis=(0, 1)) for s in sums]).reshape(kernel.shape)
     return of_x, of_kernel.astype(kernel.dtype)
-
-
-def _pad(x: jax.Array, pads: Sequence[tuple[int, int, int]]) -> jax.Array:
-    """Pads (low, high, between) rows and columns of zeros; a negative number takes some away."""
-    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])

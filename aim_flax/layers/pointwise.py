@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aim_flax.layers.convolution import convolution, is_undilated
+from aim_flax.layers.convolution import convolution, is_undilated, plain
 
 
 def pointwise_product(
@@ -63,14 +63,7 @@ _pointwise.defvjp(_forward, _backward)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], precision: Any):
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
-    )
+    return plain(x, kernel, strides, "VALID", precision)
 
 
 def _multiply(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], precision: Any):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from aim_flax.layers.convolution import Pads, shifted
+from aim_flax.layers.convolution import Pads, pad, shifted
 
 
 def max_pool(
@@ -66,11 +66,6 @@ def _pool(x: jax.Array, window: tuple[int, int], strides: tuple[int, int], pads:
     return nn.max_pool(x, window, strides, pads)
 
 
-def _padded(x: jax.Array, pads: Pads) -> jax.Array:
-    lowest = jnp.full((), -jnp.inf, x.dtype)
-    return jax.lax.pad(x, lowest, [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)])
-
-
 def _size(x: jax.Array, window: tuple[int, int], strides: tuple[int, int]) -> list[int]:
     """Returns the rows and columns that a padded map is pooled to."""
     sizes = zip(x.shape[1:3], window, strides, strict=True)
@@ -80,7 +75,7 @@ def _size(x: jax.Array, window: tuple[int, int], strides: tuple[int, int]) -> li
 def _largest(
     x: jax.Array, window: tuple[int, int], strides: tuple[int, int], pads: Pads
 ) -> jax.Array:
-    x = _padded(x, pads)
+    x = pad(x, pads, -jnp.inf)
     first, *others = shifted(x, window, _size(x, window, strides), strides)
     for other in others:
         first = jnp.maximum(first, other)
@@ -96,7 +91,7 @@ def _to_the_largest(
     pads: Pads,
 ) -> jax.Array:
     """Returns the input's gradient: each window's change, where its largest number stands first."""
-    size, padded = x.shape, _padded(x, pads)
+    size, padded = x.shape, pad(x, pads, -jnp.inf)
     (down, across), (rows, columns) = strides, y.shape[1:3]
     left, parts = jnp.ones(y.shape, bool), {}
     taps = shifted(padded, window, (rows, columns), strides)
@@ -112,9 +107,7 @@ def _to_the_largest(
     def total(place: tuple[int, int]) -> jax.Array:
         found = jnp.zeros((size[0], *reach, size[3]), change.dtype)
         for (i, j), part in parts.get(place, []):
-            around = [(i, reach[0] - i - rows, 0), (j, reach[1] - j - columns, 0)]
-            zero = jnp.zeros((), part.dtype)
-            found += jax.lax.pad(part, zero, [(0, 0, 0), *around, (0, 0, 0)])
+            found += pad(part, [(i, reach[0] - i - rows), (j, reach[1] - j - columns)])
         return found
 
     maps = [jnp.stack([total((i, j)) for j in range(across)], axis=3) for i in range(down)]
