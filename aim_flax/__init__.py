@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aim_flax.evaluate.interventions import intervene
+    from aim_flax.instead import Instead
     from aim_flax.latch import AiM
     from aim_flax.memory import Memory, fit
     from aim_flax.models.build import build_model
@@ -13,12 +14,22 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["AiM", "Memory", "MemoryUpdate", "Predictor", "build_model", "fit", "intervene"]
+__all__ = [
+    "AiM",
+    "Instead",
+    "Memory",
+    "MemoryUpdate",
+    "Predictor",
+    "build_model",
+    "fit",
+    "intervene",
+]
 
 # Imported when they are asked for: a command says what is wrong with its flags, and ends on Ctrl-C,
 # without the seconds that JAX takes.
 _HOMES = {
     "AiM": "latch",
+    "Instead": "instead",
     "Memory": "memory",
     "MemoryUpdate": "updates",
     "Predictor": "use.predictor",

@@ -297,6 +297,7 @@ LEFT_OUT = flatten(
             },
             "learning_rate_scale": 1.0,
         },
+        "instead": {"at": "", "hidden": []},
     }
 )
 

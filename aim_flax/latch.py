@@ -49,7 +49,7 @@ CARRIES = ("weights", "state")
 
 # Part of JAX's cache keys. Without it nn.jit could take its init from a plain network's cache, and
 # the latch, which sees only what is traced, would not even know that there is an nn.jit to refuse.
-_init_context = jax.make_user_context(default_value=False)
+init_context = jax.make_user_context(default_value=False)
 
 # (memory as it stands, memory of the weights alone, batch size, path) -> memory that is read.
 Alteration = Callable[[jax.Array, jax.Array, int, str], jax.Array]
@@ -181,7 +181,7 @@ class AiM(nn.Module):
           memory_mask: which positions of a sequence count when a memory is updated from it, (B, T):
             see `MemoryUpdate`. Not passed on.
         """
-        _check_backbone(self)
+        check_backbone(self)
         net, mode = self.network, next((aim.mode for aim in self.chain if aim.mode), None)
         train, kwargs = resolve(net, mode, train, args, kwargs, method)
         self._check_options(train, memory_mask)
@@ -196,7 +196,7 @@ class AiM(nn.Module):
             given = {**kwargs, "train": train, "memory_mask": memory_mask}
         else:
             run, given = getattr(unbound.clone(parent=scope), method), kwargs
-        with _init_context(self.is_initializing()), nn.intercept_methods(latch.intercept):
+        with init_context(self.is_initializing()), nn.intercept_methods(latch.intercept):
             outputs = run(*args, **given)
         # Another method need not call all modules; but what initialises must.
         if method == "__call__" or self.is_initializing():
@@ -475,7 +475,7 @@ class _Latch:
                 " read_mode 'add' or 'scale'"
             )
         around = self._transformations(module)
-        for name, reason in _NO_READS.items():
+        for name, reason in NO_READS.items():
             if any(transformation.startswith(f"{name}(") for transformation in around):
                 raise UnreadableError(
                     f"read matches {path!r}, which runs inside nn.{name}{reason}: read in a layer"
@@ -616,7 +616,7 @@ def trace_init(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 # Why there can be no read inside these transformations.
-_NO_READS = {
+NO_READS = {
     "map_variables": (
         " (nn.WeightNorm, nn.SpectralNorm, ...), which would transform the variables that are"
         " latched on there with the layer's own"
@@ -625,25 +625,25 @@ _NO_READS = {
 }
 
 
-def _check_backbone(aim: AiM) -> None:
-    """Raises UsageError for what is no Linen module, or is in use outside of the AiM."""
-    backbone = aim.backbone
+def check_backbone(latch: nn.Module) -> None:
+    """Raises UsageError for a `backbone` that is no Linen module, or is in use outside of it."""
+    backbone, name = latch.backbone, type(latch).__name__
     if not isinstance(backbone, nn.Module):
         kind = type(backbone).__name__
         is_nnx = any(base.__module__.startswith("flax.nnx") for base in type(backbone).__mro__)
         advice = "expected one"
         if is_nnx:
             advice = (
-                "but an NNX module: write the backbone in Linen, and turn the AiM into NNX with"
-                " nnx.bridge.ToNNX(aim)"
+                f"but an NNX module: write the backbone in Linen, and turn the {name} into NNX"
+                f" with nnx.bridge.ToNNX({name.lower()})"
             )
         raise UsageError(f"the backbone, {kind}, is no Linen module, {advice}")
     for module in _modules(backbone):
-        if _has_variables_outside(module, aim.scope):
+        if _has_variables_outside(module, latch.scope):
             raise UsageError(
                 f"{'/'.join(module.scope.path)!r}, the backbone or a part of it, is called outside"
-                " of its AiM too, where it would have other parameters: call the AiM there, or give"
-                " it a backbone of its own"
+                f" of its {name} too, where it would have other parameters: call the {name} there,"
+                " or give it a backbone of its own"
             )
 
 

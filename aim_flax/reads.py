@@ -54,6 +54,7 @@ class Call:
       run: what computes the layer, without looking again at the reads of its own call.
       function: the method that `run` calls, unbound.
       args, kwargs: of the call.
+      what: the name of the pattern that matches, for messages.
     """
 
     module: nn.Module
@@ -62,6 +63,7 @@ class Call:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    what: str = "read"
 
     @functools.cached_property
     def x(self) -> jax.Array:
@@ -70,7 +72,7 @@ class Call:
             return self.args[0]
         if self._first not in self.kwargs:
             raise UsageError(
-                f"read matches {self.path!r}, which is called without its input"
+                f"{self.what} matches {self.path!r}, which is called without its input"
                 f" {self._first!r}: give it as the first argument"
             )
         return self.kwargs[self._first]
@@ -153,7 +155,7 @@ def read(
       UsageError: a memory and an input of different sizes.
     """
     module, x = call.module, call.x
-    _check_input(call)
+    check_input(call)
     check_batch(m, x, call.path)
     if form.mode == "concat":
         return _concat(call, _as_input(call, m, form), measure, called)
@@ -241,10 +243,10 @@ def _append(x: jax.Array, m: jax.Array) -> jax.Array:
     return jnp.concatenate([x, jnp.broadcast_to(m, (*x.shape[:-1], m.shape[-1]))], axis=-1)
 
 
-def _check_input(call: Call) -> None:
+def check_input(call: Call) -> None:
     """Raises UnreadableError for a layer, or an input, that no memory can be read into."""
     module, x = call.module, call.x
-    refusal = f"read matches {call.path!r}, but "
+    refusal = f"{call.what} matches {call.path!r}, but "
     if isinstance(module, nn.Conv | nn.ConvTranspose):
         axes = 1 if isinstance(module.kernel_size, int) else len(module.kernel_size)
         if x.ndim != axes + 2:

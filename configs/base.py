@@ -132,6 +132,14 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     config.memory.carry_rate = 0.1  # of state
     config.memory.learning_rate_scale = 1.0  # of the memory's own parameters; 0: never learned
 
+    # Of a network without memory: something else at the layers that could read one.
+    config.instead = ConfigDict()
+    config.instead.kind = placeholder(str)  # coords, position_bias, squeeze_excite; None: nothing
+    config.instead.at = ""  # the layers, a regular expression of their paths
+    # Of squeeze_excite, the gates' hidden sizes: one for all layers, or one for each, in the order
+    # of the calls; (): a 16th of a layer's channels.
+    config.instead.hidden = ()
+
     if model == "mlp":
         config.model.features = (256, 256)  # of each hidden layer
         config.model.activation = "relu"  # or gelu, sigmoid, tanh

@@ -48,7 +48,9 @@ def from_before(config: ConfigDict) -> dict:
     saved = json.loads(configs.to_json(config))
     for key, value in configs.flatten(saved).items():
         group, dot, name = key.rpartition(".")
-        lacking = group.startswith(("data", "augment", "model", "memory", "optimizer", "train"))
+        lacking = group.startswith(
+            ("data", "augment", "model", "memory", "instead", "optimizer", "train")
+        )
         if lacking and value == configs.LEFT_OUT.get(key):
             part = saved
             for word in group.split("."):

@@ -157,7 +157,7 @@ def test_floats_are_halved_and_doubled_by_channels():
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_every_control_can_be_saved_and_leaves_its_config_alone(control):
-    config = load(*SMALL["tiny mlp"])
+    config = load(*SMALL["vgg"])
     before = config.to_json()
     derived = derive(config, control)
     assert config.to_json() == before

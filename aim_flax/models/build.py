@@ -12,6 +12,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from aim_flax.errors import UsageError, check_choice, nearest
+from aim_flax.instead import Instead
 from aim_flax.latch import AiM
 from aim_flax.memory import Memory, check_memory
 from aim_flax.models.efficientnet import EfficientNetLite
@@ -29,7 +30,8 @@ OF_CALLERS = {"mode", "check_batch", "called", "capture", "watch", "alter_read",
 
 
 def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
-    """Returns the Linen module of a config: a plain network, or one with a memory latched on.
+    """Returns the Linen module of a config: a plain network, or one with a memory latched on, or
+    with something else in a memory's place.
 
     `model.init(key, images, train=False)` gives its variables and
     `model.apply(variables, images, train=False)` logits (B, num_classes), for images
@@ -39,7 +41,8 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
       config: with `model` (a `name`, of MODELS or "package.module:Class" for a Linen module from
         anywhere, that class's fields, and `pretrained`, see `models.pretrained`), `memory` (None,
         or the fields of `Memory` and `AiM`, those of `MemoryUpdate` under `update_block`, and
-        `learning_rate_scale`, which is the optimiser's: see `build_optimizer`) and `dtype`.
+        `learning_rate_scale`, which is the optimiser's: see `build_optimizer`), `instead` (the
+        fields of `Instead`, of which `kind` may be None; it may be missing) and `dtype`.
       axis_name: the device axis over which training averages batch statistics and the carried
         memory; None on one device.
 
@@ -58,6 +61,17 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     if "dtype" not in known and config.dtype != "float32":
         raise UsageError(f"dtype is {config.dtype}, but {name} has no field dtype to be told so")
     backbone = _construct("model", network, fields, **known)
+    instead = _values(config.get("instead") or {})
+    if instead.get("kind") is not None:
+        if config.memory is not None:
+            raise UsageError(
+                f"instead.kind is {instead['kind']!r}, which takes a memory's place, but the config"
+                " has a memory: set it in an arm without one"
+            )
+        return _construct("instead", Instead, instead, backbone=backbone)
+    for key, value in instead.items():
+        if value:
+            raise UsageError(f"instead.{key} is {value!r}, but instead.kind is None")
     if config.memory is None:
         return backbone if name in MODELS else InMode(backbone)
     fields = _values(config.memory)
@@ -68,6 +82,11 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     memory = _construct("memory", Memory, of_memory)
     _check_kernels(memory, update)
     return _construct("memory", AiM, fields, backbone=backbone, memory=memory, update=update)
+
+
+def plain(config: ConfigDict) -> ConfigDict:
+    """Returns the config of the network alone, without what is latched on to it."""
+    return ConfigDict({**config, "memory": None, "instead": None})
 
 
 def network_class(name: str) -> type[nn.Module]:
@@ -119,7 +138,7 @@ def _construct(
 ) -> nn.Module:
     """Returns the module with the options of a group of the config, and the other fields given."""
     valid = field_names(module) - _NO_OPTIONS - given.keys()
-    if module is AiM:
+    if module in (AiM, Instead):
         valid -= OF_CALLERS
     for key in options:
         if key not in valid:

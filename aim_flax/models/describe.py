@@ -10,31 +10,31 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from ml_collections import ConfigDict
 
-from aim_flax.latch import Place
+from aim_flax.instead import KINDS, At, Instead
+from aim_flax.latch import AiM, Place
 from aim_flax.memory import distinct_values
-from aim_flax.models.build import build_model, trained
+from aim_flax.models.build import build_model, plain, trained
 
 
 def describe(config: ConfigDict) -> tuple[str, dict[str, Any]]:
     """Describes a config's network, in as few traces as that takes: they are most of the time.
 
     Returns:
-      The size of the network and its memory, and where that is read and written, in lines; and the
-      shapes and dtypes of its variables.
+      The size of the network and its memory, and where that is read and written, or what is in its
+      place, in lines; and the shapes and dtypes of its variables.
     """
     shape = (1, *config.data.image_shape)
     model = build_model(config)
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
-    places: dict[tuple[str, ...], Place] = {}
-    if config.memory is None:
-        variables = backbone = jax.eval_shape(model.init, key, image)
-    else:
-        # As `AiM.places` does it.
-        seeing = model.clone(watch=lambda place: places.setdefault(place[:3], place))
+    places: dict[tuple[str, ...], Place | At] = {}
+    if isinstance(model, AiM | Instead):
+        # As their `places` do it.
+        seeing = model.clone(watch=lambda place: places.setdefault(_identity(place), place))
         variables = jax.eval_shape(seeing.init, key, image)
-        plain = build_model(ConfigDict({**config, "memory": None}))
-        backbone = jax.eval_shape(plain.init, key, image)
+        backbone = jax.eval_shape(build_model(plain(config)).init, key, image)
+    else:
+        variables = backbone = jax.eval_shape(model.init, key, image)
 
     rows = _table(variables, backbone)
     width = max(len(name) for name, *_ in rows)
@@ -55,20 +55,28 @@ def describe(config: ConfigDict) -> tuple[str, dict[str, Any]]:
     checked = trained(model)
     jaxpr = jax.make_jaxpr(lambda v, x: checked.apply(v, x, train=False))(variables, image)
     lines.append(f"multiply-adds of one image's forward pass: {multiply_adds(jaxpr.jaxpr):,}")
-    if config.memory is not None:
-        lines += ["places, in the order of the calls:", *_places(list(places.values()))]
+    if places:
+        what = config.instead.kind if isinstance(model, Instead) else ""
+        lines += ["places, in the order of the calls:", *_places(list(places.values()), what)]
     return "\n".join(lines), variables
 
 
-def _places(places: Sequence[Place]) -> list[str]:
-    """Returns a line for each read and update: the module, and what it reads or writes there."""
-    width = max((len(place.path) for place in places), default=0)
+def _identity(place: Place | At) -> tuple[str, ...]:
+    return place[:3] if isinstance(place, Place) else (place.path,)
+
+
+def _places(places: Sequence[Place | At], kind: str) -> list[str]:
+    """Returns a line for each place: the module, and what it reads or writes there, or what `kind`
+    of thing is latched on to it."""
+    width = max(len(place.path) for place in places)
     phrases = {"read": "reads {memory} into", "update": "writes {memory} from"}
-    return [
-        f"  {place.path:{width}}  {phrases[place.what].format(memory=place.memory)}"
-        f" {'x'.join(map(str, place.shape[1:]))}"
-        for place in places
-    ]
+    lines = []
+    for place in places:
+        what = f"{kind} at"
+        if isinstance(place, Place):
+            what = phrases[place.what].format(memory=place.memory)
+        lines.append(f"  {place.path:{width}}  {what} {'x'.join(map(str, place.shape[1:]))}")
+    return lines
 
 
 def _table(variables: Mapping[str, Any], backbone: Mapping[str, Any]) -> list[tuple]:
@@ -88,7 +96,7 @@ def _table(variables: Mapping[str, Any], backbone: Mapping[str, Any]) -> list[tu
             if leaf.size > size:
                 row = counts.setdefault(_part(path), [0, 0])
                 row[column] += leaf.size - size
-    order = ("backbone", "memory", "memory_initial", "read", "update")
+    order = ("backbone", "memory", "memory_initial", "read", "update", *KINDS)
     names = sorted(counts, key=lambda name: (order.index(name.partition(" ")[0]), name))
     return [(name, *counts[name]) for name in names]
 
@@ -97,7 +105,8 @@ def _part(path: tuple[str, ...]) -> str:
     """Returns the row of a parameter that the plain backbone lacks, or has at a smaller size."""
     if path[0] in ("memory", "memory_initial"):
         return path[0]
-    for name, part in (("memory_read", "read"), ("memory_update", "update")):
+    latched_on = (("memory_read", "read"), ("memory_update", "update"))
+    for name, part in (*latched_on, *zip(KINDS, KINDS, strict=True)):
         if name in path:
             return f"{part} {'/'.join(path[: path.index(name)])}"
     return f"read {'/'.join(path[:-1])}"

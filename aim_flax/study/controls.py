@@ -1,11 +1,13 @@
 """Controls that isolate a memory: variants of a config, each without one thing the memory adds.
 
 A network with a memory has more parameters and does more arithmetic than the plain network. Its
-memory is worth what it gains over controls that have as much of both, and over memories that are
-not learned or hold nothing.
+memory is worth what it gains over controls that have as much of both, over memories that are not
+learned or hold nothing, and over what is known to do as much without a memory: to tell a layer
+where it is, and to bring a summary of the image to every place.
 """
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
@@ -15,7 +17,7 @@ from ml_collections import ConfigDict
 
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.memory import Memory, check_memory
-from aim_flax.models.build import build_model
+from aim_flax.models.build import build_model, plain
 from aim_flax.models.describe import multiply_adds
 from aim_flax.models.resnet import stage_widths
 
@@ -29,6 +31,11 @@ def derive(config: ConfigDict, name: str) -> ConfigDict:
     - `control_params`: a wider plain network with as many trainable parameters, within 1 %.
     - `control_compute`: a wider plain network with as many multiply-adds, per image of a training
       batch's forward pass, within 1 %.
+    - `coords`, `position_bias`: the plain network whose layers, where they could read the memory,
+      see their coordinates, or have a bias of their own at each position: see `Instead`. Layers of
+      vectors, which have no positions, stay as they are.
+    - `squeeze_excite`: the plain network with gates after all these layers, of such hidden sizes
+      that there are as many trainable parameters, within 1 %.
     - `memory_frozen`: a memory that keeps its initial values; reads and updates are trained.
     - `memory_noise`, `memory_zero`: a memory of that kind, which holds nothing learned.
     - `memory_half`, `memory_double`: half and twice the floats, by its channels.
@@ -58,7 +65,7 @@ def count(config: ConfigDict) -> tuple[int, int]:
       batch, rounded: what a memory brings once for the whole batch counts once, as it is computed.
     """
     batch_size = config.train.batch_size
-    images = jax.ShapeDtypeStruct((batch_size, *config.data.image_shape), jnp.float32)
+    images = _images(config, batch_size)
     # One trace for both: what draws the initial values multiplies no matrices.
     trace = jax.make_jaxpr(build_model(config).init, return_shape=True)
     jaxpr, variables = trace(jax.random.key(0), images)
@@ -66,8 +73,64 @@ def count(config: ConfigDict) -> tuple[int, int]:
     return params, round(multiply_adds(jaxpr.jaxpr) / batch_size)
 
 
+def _images(config: ConfigDict, count: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, *config.data.image_shape), jnp.float32)
+
+
 def _take_memory_away(config: ConfigDict) -> None:
     config.memory = None
+
+
+def _know_positions(config: ConfigDict, kind: str) -> None:
+    """Puts coordinates, or a bias per position, where the memory is read."""
+    places = build_model(config).places(_images(config, 1))
+    reads = {place.path: place.shape for place in places if place.what == "read"}
+    with_positions = [path for path, shape in reads.items() if len(shape) > 2]
+    if not with_positions:
+        raise UsageError(
+            f"{config.name}:{config.arm} reads its memory in layers of vectors only, which have no"
+            " positions"
+        )
+    at = _pattern_of_reads(config)
+    if len(with_positions) < len(reads):
+        at = "|".join(map(re.escape, with_positions))
+    _put_instead(config, kind, at)
+
+
+def _gate(config: ConfigDict) -> None:
+    """Puts gates where the memory is read, with as many parameters as all of the memory has."""
+    goal, _ = count(config)
+    _put_instead(config, "squeeze_excite", _pattern_of_reads(config))
+    layers = build_model(config).places(_images(config, 1))
+    channels = [layer.channels for layer in layers]
+    alone, _ = count(plain(config))
+
+    def size(hidden: tuple[int, ...]) -> int:
+        return alone + 2 * sum(c * h for c, h in zip(channels, hidden, strict=True))
+
+    def scaled(units: int) -> tuple[int, ...]:
+        return tuple(max(1, round(units * c / max(channels))) for c in channels)
+
+    hidden = _match(size, scaled, max(channels), goal)
+    if abs(size(hidden) - goal) > TOLERANCE * goal:
+        raise UsageError(
+            f"no hidden sizes have the {goal:,} trainable parameters of {config.name}:{config.arm}"
+            f" within {TOLERANCE:.0%}; nearest: {size(hidden):,} with {hidden}"
+        )
+    config.instead.hidden = hidden
+
+
+def _pattern_of_reads(config: ConfigDict) -> str:
+    """Returns the pattern of the layers that read the memory: `read_initial` are some of them."""
+    patterns = config.memory.read
+    if isinstance(patterns, str):
+        return patterns
+    return "|".join(f"(?:{pattern})" for pattern in patterns if pattern)
+
+
+def _put_instead(config: ConfigDict, kind: str, at: str) -> None:
+    config.memory = None
+    config.instead = ConfigDict({"kind": kind, "at": at, "hidden": ()})
 
 
 def _widen(config: ConfigDict, which: int, what: str) -> None:
@@ -88,7 +151,12 @@ def _widen(config: ConfigDict, which: int, what: str) -> None:
     start = _widths(config)
     if not start:
         raise UsageError(f"{config.name}:{config.arm} has no hidden layer that can be widened")
-    widths = _match(size, start, goal)
+    widest = max(start)
+
+    def scaled(units: int) -> tuple[int, ...]:
+        return tuple(width + round(width * units / widest) for width in start)
+
+    widths = _match(size, scaled, widest, goal)
     if abs(size(widths) - goal) > TOLERANCE * goal:
         raise UsageError(
             f"no widths of {config.model.name} have the {goal:,} {what} of"
@@ -99,17 +167,21 @@ def _widen(config: ConfigDict, which: int, what: str) -> None:
 
 
 def _match(
-    size: Callable[[tuple[int, ...]], int], start: tuple[int, ...], goal: int
+    size: Callable[[tuple[int, ...]], int],
+    scaled: Callable[[int], tuple[int, ...]],
+    limit: int,
+    goal: int,
 ) -> tuple[int, ...]:
-    """Returns widths, none below `start`, whose size is within TOLERANCE of the goal, or near it.
+    """Returns widths whose size is within TOLERANCE of the goal, or near it.
 
     All are widened in proportion as far as the goal allows; the rest goes to single layers, those
     with the largest units first.
-    """
-    widest = max(start)
 
-    def scaled(units: int) -> tuple[int, ...]:
-        return tuple(width + round(width * units / widest) for width in start)
+    Args:
+      size: of the network with these widths.
+      scaled: from a number of units, at least 0, to the widths with as many more, in proportion.
+      limit: a first guess at a number of units that is too large.
+    """
 
     def wider(widths: tuple[int, ...], layer: int, units: int) -> tuple[int, ...]:
         return tuple(width + units * (i == layer) for i, width in enumerate(widths))
@@ -117,10 +189,10 @@ def _match(
     def distance(widths: tuple[int, ...]) -> int:
         return abs(size(widths) - goal)
 
-    widths = scaled(_most(lambda units: size(scaled(units)), goal, widest))
+    widths = scaled(_most(lambda units: size(scaled(units)), goal, limit))
     if distance(widths) <= TOLERANCE * goal:
         return widths
-    layers = range(len(start))
+    layers = range(len(widths))
     for layer in sorted(layers, key=lambda i: size(wider(widths, i, 1)), reverse=True):
         grow = partial(wider, widths, layer)
         widths = grow(_most(lambda units, grow=grow: size(grow(units)), goal, 1))
@@ -211,6 +283,9 @@ CONTROLS: dict[str, Callable[[ConfigDict], None]] = {
     "control": _take_memory_away,
     "control_params": partial(_widen, which=0, what="trainable parameters"),
     "control_compute": partial(_widen, which=1, what="multiply-adds"),
+    "coords": partial(_know_positions, kind="coords"),
+    "position_bias": partial(_know_positions, kind="position_bias"),
+    "squeeze_excite": _gate,
     "memory_frozen": _memory(learning_rate_scale=0.0),
     "memory_noise": _memory(kind="noise"),
     "memory_zero": _memory(kind="zero"),

@@ -22,7 +22,7 @@ from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
 from aim_flax.evaluate.memory_use import memory_use
-from aim_flax.models.build import build_model, field_names, network_class, trained
+from aim_flax.models.build import build_model, field_names, network_class, plain, trained
 from aim_flax.models.pretrained import Pretrained, read_pretrained, start_from
 from aim_flax.options import check_values
 from aim_flax.sources import check_network
@@ -190,10 +190,10 @@ class Experiment:
         """
         if self.config.model.get("pretrained") is None:
             return None
-        plain = build_model(ConfigDict({**self.config, "memory": None}), axis_name=AXIS)
+        alone = build_model(plain(self.config), axis_name=AXIS)
         return read_pretrained(
             self.config,
-            variables_of(abstract_state(self.config, plain)),
+            variables_of(abstract_state(self.config, alone)),
             variables_of(self.abstract_state),
         )
 
