@@ -125,7 +125,9 @@ class Instead(nn.Module):
     def _check_options(self) -> None:
         check_choice("kind", self.kind, KINDS)
         if not compile_patterns(self.at):
-            raise UsageError(f"{self.kind} needs at, a pattern of the layers that it is latched to")
+            raise UsageError(
+                f"{self.kind} needs at, a pattern of the layers that it is latched on to"
+            )
         if self.hidden and self.kind != "squeeze_excite":
             raise UsageError(f"hidden is of squeeze_excite, but kind is {self.kind!r}: leave it ()")
         if not all(isinstance(size, int) and size >= 1 for size in self.hidden):

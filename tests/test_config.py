@@ -9,7 +9,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from aim_flax import AiM, Memory, MemoryUpdate
+from aim_flax import AiM, Instead, Memory, MemoryUpdate
 from aim_flax import config as configs
 from aim_flax.data.augment import OPTIONS
 from aim_flax.data.load import open_dataset
@@ -101,21 +101,23 @@ def test_every_arm_has_every_key_and_survives_json(arm):
 def test_base_has_every_option_with_its_default(model):
     """Those of the network, the memory and its updates; augmentation does nothing."""
     config = base.start("name", "arm", model)
-    set_here = {"num_classes", "shape", "read", "read_initial", "update_after"}
+    set_here = {"num_classes", "shape", "read", "read_initial", "update_after", "at"}
     no_options = {"parent", "name", "dtype", "param_dtype", "axis_name", "kernel_init"}
     no_options |= {"backbone", "memory", "update"}
     for group, classes in (
         (config.model, [MODELS[model]]),
         (config.memory, [Memory, AiM]),
         (config.memory.update_block, [MemoryUpdate]),
+        (config.instead, [Instead]),
     ):
         fields = {field.name: field.default for c in classes for field in dataclasses.fields(c)}
-        if AiM in classes:
+        if {AiM, Instead} & set(classes):
             fields = {name: value for name, value in fields.items() if name not in OF_CALLERS}
         keys = set(group) - {"name", "pretrained", "update_block", "learning_rate_scale"}
         assert keys == fields.keys() - no_options
         for key in keys - set_here:
-            assert group[key] == fields[key], key
+            default = None if fields[key] is dataclasses.MISSING else fields[key]
+            assert group[key] == default, key
     assert set(config.augment) == set(OPTIONS)
     assert not any(config.augment.values())
 
