@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.memory import Memory, check_memory
-from aim_flax.models.build import build_model, plain
+from aim_flax.models.build import build_model, plain, trained
 from aim_flax.models.describe import multiply_adds
 from aim_flax.models.resnet import stage_widths
 
@@ -83,7 +83,7 @@ def _take_memory_away(config: ConfigDict) -> None:
 
 def _know_positions(config: ConfigDict, kind: str) -> None:
     """Puts coordinates, or a bias per position, where the memory is read."""
-    places = build_model(config).places(_images(config, 1))
+    places = trained(build_model(config)).places(_images(config, 1))
     reads = {place.path: place.shape for place in places if place.what == "read"}
     with_positions = [path for path, shape in reads.items() if len(shape) > 2]
     if not with_positions:
