@@ -16,13 +16,14 @@ NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 3)])
 @pytest.mark.parametrize(
-    # Windows of the input, the convolution, taps, and windows of the output's changes.
+    # Windows of the input, the convolution, taps, windows of the output's changes, and of a kernel
+    # of five rows all of them at once.
     "channels",
-    [(3, 5), (8, 3), (17, 5), (8, 2)],
+    [(3, 18), (8, 3), (33, 18), (8, 2), (3, 5)],
 )
 @pytest.mark.parametrize(
     ("kernel", "padding"),
-    [((3, 3), "SAME"), ((2, 4), "VALID"), ((3, 3), [(2, 0), (1, 3)]), ((2, 4), [(0, 4), (3, 0)])],
+    [((3, 3), "SAME"), ((5, 6), "VALID"), ((5, 3), [(2, 0), (1, 3)]), ((2, 4), [(0, 4), (3, 0)])],
 )
 def test_outputs_and_gradients_are_those_of_jax(channels, kernel, strides, padding):
     x, weights = jnp.asarray(draw(2, 9, 8, channels[0])), jnp.asarray(draw(*kernel, *channels))

@@ -1,9 +1,11 @@
-"""Convolutions of images whose kernel gradients are quick on XLA's CPU.
+"""Convolutions of images that are quick, with their gradients, on XLA's CPU.
 
 XLA computes the gradient of a kernel as a convolution with windows as large as the map, which takes
-two to four times as long as the convolution itself. Here it is a sum of matrix products: over the
-taps of the kernel, or, where one of the two arrays has few channels, over its rows, with windows of
-that array's columns side by side. Elsewhere all is left to XLA.
+two to four times as long as the convolution itself where it has many features. There it is a sum of
+matrix products here: over the taps of the kernel, or, where one of the two arrays has few channels,
+over its rows, with windows of that array's columns side by side. And a large kernel from few
+channels to few features, such as a small network's first, is one product, of which parts are added
+up. Elsewhere all is left to XLA.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -77,7 +79,28 @@ def plain(
 def _convolve(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, precision: Any
 ) -> jax.Array:
-    return plain(x, kernel, strides, pads, precision)
+    given = dict(strides=strides, pads=pads, precision=precision)
+    rows, _, channels, features = kernel.shape
+    if rows < 5 or channels >= 8 or features > 16 or strides != (1, 1):
+        return plain(x, kernel, **given)
+    ways = {"default": partial(plain, **given), "cpu": partial(_in_rows, **given)}
+    return jax.lax.platform_dependent(x, kernel, **ways)
+
+
+def _in_rows(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, precision: Any
+) -> jax.Array:
+    """Returns the convolution, with strides of 1, as one product with all rows of the kernel."""
+    rows, columns, channels, features = kernel.shape
+    x = _side_by_side(pad(x, pads), columns, x.shape[2] + sum(pads[1]) - columns + 1, 1)
+    kernel = kernel.reshape(rows, columns * channels, features).swapaxes(0, 1)
+    product = jnp.matmul(
+        x.reshape(-1, x.shape[-1]), kernel.reshape(x.shape[-1], -1), precision=precision
+    )
+    product = product.reshape(*x.shape[:3], rows, features)
+    height = x.shape[1] - rows + 1
+    first, *others = (product[:, i : i + height, :, i] for i in range(rows))
+    return sum(others, first)
 
 
 def _forward(x: jax.Array, kernel: jax.Array, *given: Any) -> tuple:
@@ -96,9 +119,8 @@ def _backward(
         return jax.vjp(partial(convolve, x), kernel)[1](change)[0]
 
     def as_products(x: jax.Array, change: jax.Array) -> jax.Array:
-        channels, features = x.shape[-1], change.shape[-1]
         multiply = partial(jnp.matmul, precision=precision)
-        if channels >= 4 * features and strides == (1, 1):
+        if windows_of_changes:
             return _windows_of_changes(multiply, x, change, kernel.shape, pads)
         x = pad(x, pads)
         if channels < 8:
@@ -106,8 +128,10 @@ def _backward(
         taps = shifted(x, kernel.shape[:2], change.shape[1:3], strides)
         return _products(multiply, taps, change, kernel.shape)
 
-    # Those of few channels are convolved as quickly, and need no room beside them.
-    few = 8 <= x.shape[-1] < 16
+    channels, features = x.shape[-1], change.shape[-1]
+    windows_of_changes = channels >= 4 * features and strides == (1, 1)
+    # Those of few channels are convolved as quickly, or quicker, and need no room beside them.
+    few = not windows_of_changes and (features <= 16 or 8 <= channels <= 32)
     ways = {"default": as_convolution, "cpu": as_convolution if few else as_products}
     of_kernel = jax.lax.platform_dependent(x, change, **ways)
     return jax.vjp(lambda x: convolve(x, kernel), x)[1](change)[0], of_kernel
@@ -134,10 +158,15 @@ def _windows(
 ) -> jax.Array:
     """Returns the kernel's gradient as one product for each of its rows, of a padded x."""
     height, width = change.shape[1:3]
-    side_by_side = shifted(x, (1, shape[1]), (x.shape[1], width), (1, strides[1]))
-    x = jnp.concatenate(list(side_by_side), axis=-1)
+    x = _side_by_side(x, shape[1], width, strides[1])
     rows = shifted(x, (shape[0], 1), (height, width), (strides[0], 1))
     return _products(multiply, rows, change, shape)
+
+
+def _side_by_side(x: jax.Array, columns: int, width: int, stride: int) -> jax.Array:
+    """Returns the columns that each column of a kernel's windows is over, (B, H, width, l * C)."""
+    parts = shifted(x, (1, columns), (x.shape[1], width), (1, stride))
+    return jnp.concatenate(list(parts), axis=-1)
 
 
 def _windows_of_changes(
