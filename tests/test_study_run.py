@@ -18,6 +18,7 @@ from aim_flax.errors import BusyError, InterruptionError
 from aim_flax.study import results
 from aim_flax.study import run as studies
 from aim_flax.study.plan import NOT_RECORDED, plan
+from aim_flax.study.work import fits_together
 from aim_flax.train import loop
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.restore import restore_run
@@ -470,10 +471,10 @@ def test_study_of_another_config_is_refused_and_nothing_touched(whole):
 
 
 def test_convolutions_on_cpu_run_one_by_one():
-    assert studies.fits_together(Experiment(digits("aim"), 1))
-    assert not studies.fits_together(Experiment(digits("aim", "train.stop_patience=3"), 1))
+    assert fits_together(Experiment(digits("aim"), 1))
+    assert not fits_together(Experiment(digits("aim", "train.stop_patience=3"), 1))
     config = digits("control")
     with config.unlocked():
         config.model = {"name": "resnet", "num_classes": 10, "stage_sizes": (1,), "width": 4}
         config.model.stem = "cifar"
-    assert not studies.fits_together(Experiment(config.lock(), 1))
+    assert not fits_together(Experiment(config.lock(), 1))

@@ -53,9 +53,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--seeds-per-program",
-        type=_seeds_per_program,
+        type=_at_least_one,
         metavar="N|auto",
         help="train this many seeds of an arm at once; default: auto, all if that is quicker",
+    )
+    parser.add_argument(
+        "--workers",
+        type=_at_least_one,
+        metavar="N|auto",
+        help="processes that train runs beside each other, each on its share of the cores; default:"
+        " auto, one per core where that is quicker",
     )
     parser.add_argument("--devices", type=int, help="how many to use; default: all")
     parser.add_argument(
@@ -91,11 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The report has the command: with its workdir it can be given anywhere.
     more = [] if args.workdir else ["--workdir", str(workdir)]
     study = dataclasses.replace(study, commands=[command_line("ablate.py", [*argv, *more])])
-    options = dict(other_images=args.other_images)
+    options = dict(other_images=args.other_images, workers=args.workers)
     run(study, workdir, args.seeds_per_program, args.devices, **options)
 
 
-def _seeds_per_program(text: str) -> int | None:
+def _at_least_one(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:

@@ -139,6 +139,22 @@ def multiply_adds(jaxpr: Jaxpr) -> int:
     return total
 
 
+def intermediate_bytes(jaxpr: Jaxpr) -> int:
+    """Returns the bytes of everything that a jaxpr's operations compute, one after the other.
+
+    What a training step holds at once is less: XLA fuses operations, and frees what is used up. Of
+    ways that differ by platform the last one counts, which is the default.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        if inner := _inner(equation.params):
+            branches = inner[-1:] if equation.primitive.name == "cond" else inner
+            total += sum(map(intermediate_bytes, branches))
+        else:
+            total += sum(out.aval.size * out.aval.dtype.itemsize for out in equation.outvars)
+    return total
+
+
 def _inner(params: Mapping[str, Any]) -> list[Jaxpr]:
     leaves = jax.tree.leaves(list(params.values()))
     inner = [leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf for leaf in leaves]

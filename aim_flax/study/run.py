@@ -7,36 +7,29 @@ DIR/.groups/<arm>/<first seed>/.
 """
 
 import contextlib
-import dataclasses
 import json
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from aim_flax import config as configs
 from aim_flax.console import Part, Reporter
 from aim_flax.data.in_memory import InMemory
-from aim_flax.errors import (
-    BusyError,
-    DivergenceError,
-    InterruptionError,
-    StorageError,
-    UsageError,
-)
+from aim_flax.errors import InterruptionError, UsageError
 from aim_flax.files import writing
 from aim_flax.study import report as study_report
-from aim_flax.study.plan import NOT_RECORDED, Study, format_ranges
+from aim_flax.study.plan import NOT_RECORDED, Study
 from aim_flax.study.record import SECONDS_TO_WAIT, add, merge, read_study
 from aim_flax.study.results import STUDY, read_run, without_result
 from aim_flax.study.table import arm_table
-from aim_flax.train import dataset_record, loop, signals
+from aim_flax.study.work import GROUPS, Work, do, folder_of, pending
+from aim_flax.study.workers import how_many, train
+from aim_flax.train import dataset_record, signals
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.loop import check_dataset
-from aim_flax.train.together import check_together, train_together, unfinished_group
+from aim_flax.train.together import check_together, unfinished_group
 from aim_flax.train.workdir import (
     PROGRESS,
     can_go_on,
@@ -44,33 +37,9 @@ from aim_flax.train.workdir import (
     dataset_label,
     differences,
     held,
-    mark_diverged,
 )
 
-_GROUPS = ".groups"
 _SECONDS_BETWEEN_LINES = 5.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Runs of an arm that are trained together: one, or several as one program.
-
-    Attributes:
-      experiment: the arm's; its own seed plays no part.
-      seeds: those of the runs.
-    """
-
-    experiment: Experiment
-    seeds: list[int]
-
-    @property
-    def steps(self) -> int:
-        return len(self.seeds) * self.experiment.total_steps
-
-    @property
-    def label(self) -> str:
-        word = "seed" if len(self.seeds) == 1 else "seeds"
-        return f"{self.experiment.config.arm} {word} {format_ranges(self.seeds)}"
 
 
 def run(
@@ -80,6 +49,7 @@ def run(
     device_count: int | None = None,
     quiet: bool = False,
     other_images: bool = False,
+    workers: int | None = 1,
 ) -> list[dict[str, Any]]:
     """Trains every arm with every seed that is not trained yet, and writes the study's report.
 
@@ -96,6 +66,8 @@ def run(
       quiet: print no progress and no results.
       other_images: go on with other images of the same classes than the study's runs were trained
         on, see `dataset_record.check`.
+      workers: how many processes train runs beside each other, each on its share of the cores; 1:
+        this one does it; None: `workers.how_many`.
 
     Returns:
       A row of `results.COLUMNS` for each run of the study.
@@ -109,6 +81,8 @@ def run(
     """
     if seeds_per_program is not None and seeds_per_program < 1:
         raise UsageError(f"seeds per program: {seeds_per_program}, expected at least 1, or auto")
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers: {workers}, expected at least 1, or auto")
     workdir = Path(workdir) if workdir is not None else default_workdir(planned)
     whole = merge(workdir, planned)  # raises before anything is written
     options = (device_count, seeds_per_program, other_images)
@@ -117,8 +91,11 @@ def run(
     work = []
     for name, arm in planned.arms.items():
         # From here on only the work holds the experiment, so its programs are freed with it.
-        work += _work(workdir, experiments.pop(name), arm.seeds, seeds_per_program)
-    _train(workdir, work, quiet, other_images)
+        work += pending(workdir, experiments.pop(name), arm.seeds, seeds_per_program)
+    if workers is None:
+        workers = how_many(work, device_count)
+    options = dict(quiet=quiet, other_images=other_images)
+    _train(workdir, work, min(workers, len(work)), options)
     return write_report(workdir, quiet=quiet)
 
 
@@ -188,7 +165,7 @@ def _results(
     rows, histories = [], {}
     for name, arm in study.arms.items():
         for seed in arm.seeds:
-            folder = _folder(workdir, name, seed)
+            folder = folder_of(workdir, name, seed)
             if (folder / "config.json").is_file():
                 rows.append(read_run(folder))
             else:
@@ -231,10 +208,10 @@ def _experiments(
                 raise UsageError(f"arm {name}: {error}; leave --seeds-per-program out") from None
         _check_dataset(workdir, whole, experiment, other_images)
         for seed in arm.seeds:
-            check_claim(_folder(workdir, name, seed), experiment.with_seed(seed).config)
-        groups = (workdir / _GROUPS / name).glob("*")
+            check_claim(folder_of(workdir, name, seed), experiment.with_seed(seed).config)
+        groups = (workdir / GROUPS / name).glob("*")
         begun = {seed for group in groups for seed in unfinished_group(group)}
-        begun |= {seed for seed in arm.seeds if can_go_on(_folder(workdir, name, seed))}
+        begun |= {seed for seed in arm.seeds if can_go_on(folder_of(workdir, name, seed))}
         # What has begun needs the weights that it started from no more.
         if not begun.issuperset(arm.seeds):
             try:
@@ -254,7 +231,7 @@ def _check_dataset(workdir: Path, study: Study, experiment: Experiment, other_im
     """
     config, found = experiment.config, experiment.dataset.fingerprint
     for name, arm in study.arms.items():
-        folders = [_folder(workdir, name, seed) for seed in arm.seeds]
+        folders = [folder_of(workdir, name, seed) for seed in arm.seeds]
         if name == config.arm:
             for folder in folders:
                 check_dataset(folder, experiment, other_images)
@@ -264,103 +241,26 @@ def _check_dataset(workdir: Path, study: Study, experiment: Experiment, other_im
                 dataset_record.check(folder, config, found, None, other_images)
 
 
-def _work(
-    workdir: Path, experiment: Experiment, seeds: Sequence[int], seeds_per_program: int | None
-) -> list[Work]:
-    """Returns the work on those of an arm's runs that have no result, begun ones first."""
-    arm = experiment.config.arm
-    left = [seed for seed in seeds if not _is_done(_folder(workdir, arm, seed))]
-    together = []
-    for folder in sorted((workdir / _GROUPS / arm).glob("*"), key=lambda folder: int(folder.name)):
-        group = unfinished_group(folder)
-        if not set(group).isdisjoint(left):
-            together.append(group)
-            left = [seed for seed in left if seed not in group]
-    begun = [seed for seed in left if any(_folder(workdir, arm, seed).glob("checkpoints/*/"))]
-    together += [[seed] for seed in begun]
-    left = [seed for seed in left if seed not in begun]
-    if left:
-        size = seeds_per_program or (len(left) if fits_together(experiment) else 1)
-        together += [left[i : i + size] for i in range(0, len(left), size)]
-    return [Work(experiment, seeds) for seeds in together]
-
-
-def fits_together(experiment: Experiment) -> bool:
-    """Returns whether training several seeds of an experiment as one program saves time.
-
-    Convolutions on CPU gain nothing: with one kernel per seed they become grouped convolutions. A
-    training step of a small ResNet with five seeds (stages of 1 and 1 block, width 16, batch 32 of
-    32x32 pixels) took 1.14 s of CPU as one program, and 0.20 s for each seed alone. A run that is
-    trained alone is also bit-equal to the one that train.py makes.
-    """
-    try:
-        check_together(experiment)
-    except UsageError:
-        return False
-    if jax.default_backend() != "cpu":
-        return True
-    image = jax.ShapeDtypeStruct((1, *experiment.config.data.image_shape), "float32")
-    trace = jax.make_jaxpr(lambda key, image: experiment.model.init(key, image, train=False))
-    return "conv_general_dilated" not in str(trace(jax.random.key(0), image))
-
-
-def _train(workdir: Path, work: list[Work], quiet: bool, other_images: bool) -> None:
-    """Does the work in order, and takes each item off the list."""
+def _train(workdir: Path, work: list[Work], count: int, options: dict[str, Any]) -> None:
+    """Does the work, in this process or in `count` others, and takes each item off the list."""
     total, done = sum(item.steps for item in work), 0
-    file = workdir / PROGRESS
-    reporter = Reporter(total, 0, quiet, _SECONDS_BETWEEN_LINES, file)
+    reporter = Reporter(total, 0, options["quiet"], _SECONDS_BETWEEN_LINES, workdir / PROGRESS)
     # A signal may come between two runs, too.
     with signals.signals() as received, reporter:
+        if count > 1 and not reporter.quiet:
+            reporter.say(f"{count} processes, each on cores of its own")
+        if count > 1:
+            train(workdir, work, count, reporter, received, options)
         while work:
-            # Not made anew by the next run.
-            if not (workdir / STUDY).is_file():
-                raise StorageError(
-                    f"{workdir} was deleted, moved or emptied while {work[0].label} was next; the"
-                    " study ends here, and writes nothing more"
-                )
             item = work.pop(0)
             part = Part(reporter, item.label, done, len(item.seeds), received)
-            try:
-                _train_item(workdir, item, part, quiet, other_images)
-            except BusyError as error:
-                part.say(f"{item.label} left out: {error}")
-            # Steps that another process did, or early stopping saved, took no time here.
-            part.begin(item.experiment.total_steps)
-            part.advance(item.experiment.total_steps, {})
+            do(workdir, item, part, **options)
             done += item.steps
             if received and work:
                 name = signal.Signals(received[0]).name
                 message = f"{name}: {item.label} done; the same command continues from there"
                 raise InterruptionError(message, received[0])
     # Only what is empty: another process may be about to train a group.
-    for folder in (*(workdir / _GROUPS).glob("*"), workdir / _GROUPS):
+    for folder in (*(workdir / GROUPS).glob("*"), workdir / GROUPS):
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-def _train_item(workdir: Path, item: Work, part: Part, quiet: bool, other_images: bool) -> None:
-    arm = item.experiment.config.arm
-    folders = [_folder(workdir, arm, seed) for seed in item.seeds]
-    if all(map(_is_done, folders)):
-        return  # another process has trained them meanwhile
-    if len(item.seeds) > 1:
-        group = workdir / _GROUPS / arm / str(item.seeds[0])
-        train_together(item.experiment, item.seeds, folders, group, part, other_images)
-        return
-    run = item.experiment.with_seed(item.seeds[0])
-    if not isinstance(run.dataset, InMemory):
-        # The dataset notes which images can't be read, so each run needs one of its own.
-        run = Experiment(run.config, run.devices.count)
-    try:
-        loop.train(run, folders[0], quiet, part, other_images)
-    except DivergenceError as error:
-        mark_diverged(folders[0], error.step)
-        part.say(f"{run.config.name}:{item.label}: {error}")
-
-
-def _is_done(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("summary.json", "diverged.json"))
-
-
-def _folder(workdir: Path, arm: str, seed: int) -> Path:
-    return workdir / arm / str(seed)
