@@ -269,6 +269,7 @@ LEFT_OUT = flatten(
             "flip_horizontal": False,
             "flip_vertical": False,
             "contrast": 0.0,
+            "roll": False,
         },
         "model": {
             "momentum": 0.99,

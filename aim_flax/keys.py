@@ -3,7 +3,7 @@
 import jax
 
 # What keys are folded from the run's seed for; changing a number changes every result.
-_INIT, _DATA, _DROPOUT, _AUGMENT, _MEMORY = range(5)
+_INIT, _DATA, _DROPOUT, _AUGMENT, _MEMORY, _ROLL = range(6)
 
 Seed = jax.Array | int
 
@@ -21,6 +21,11 @@ def data_key(seed: Seed) -> jax.Array:
 def augment_key(seed: Seed, step: jax.Array | int) -> jax.Array:
     """Returns the key of a step's augmentation."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _AUGMENT), step)
+
+
+def roll_key(seed: Seed) -> jax.Array:
+    """Returns the key that the offset of each image in evaluation is folded from."""
+    return jax.random.fold_in(jax.random.key(seed), _ROLL)
 
 
 def dropout_key(seed: Seed, step: jax.Array | int, axis_name: str | None = None) -> jax.Array:

@@ -90,7 +90,8 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     config.data.threads = 4  # that decode
     config.data.on_error = "stop"  # or skip: leave damaged images out, and count them
 
-    # Random changes to training images; zero and False: not done.
+    # Random changes to training images, of which roll is for evaluation, too; zero and False: not
+    # done.
     config.augment = ConfigDict()
     config.augment.crop = 0.0  # smallest share of the image's area
     config.augment.rotation = 0.0  # at most, in turns, either way
@@ -99,6 +100,9 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     config.augment.flip_horizontal = False
     config.augment.flip_vertical = False
     config.augment.contrast = 0.0  # 0.1: distances from the mean are multiplied by 0.9 to 1.1
+    # Shifts images around by any offset: what leaves at one edge comes in at the other. In
+    # evaluation the offset follows from the seed and the image's index.
+    config.augment.roll = False
 
     config.model = ConfigDict()
     config.model.name = model

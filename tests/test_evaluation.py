@@ -68,7 +68,7 @@ def test_padding_is_not_counted(kind, count, batch_size, devices):
         devices, "test", batch_size, Scaling(255.0)
     )
     evaluate = build_evaluate(Mean(), devices, batches, 3)
-    evaluation = evaluate(devices.replicate({}))
+    evaluation = evaluate(devices.replicate({}), 0)
 
     means = (examples.images.astype(np.float32) / 255).mean(axis=(1, 2, 3))
     confusion = np.zeros((3, 3), int)
@@ -305,7 +305,7 @@ def carrying():
 
     def build(model):
         evaluate = build_evaluate(model, devices, batches, 3)
-        return lambda given: evaluate(devices.replicate({**variables, **given}))
+        return lambda given: evaluate(devices.replicate({**variables, **given}), 0)
 
     return aim, build
 

@@ -181,7 +181,7 @@ def test_the_average_is_what_is_evaluated_kept_and_used(averaged):
         restored = restore_run(workdir, which)
         devices = experiment.devices
         evaluate = build_evaluate(experiment.model, devices, experiment.eval_batches("val"), 10)
-        found = evaluate(devices.replicate(restored.variables))
+        found = evaluate(devices.replicate(restored.variables), config.seed)
         row = list(history(workdir)["step"]).index(restored.step)
         assert found.accuracy == pytest.approx(history(workdir)["val_accuracy"][row])
         assert found.loss == pytest.approx(history(workdir)["val_loss"][row], rel=1e-5)

@@ -104,7 +104,7 @@ def test_evaluation_counts_each_image_once(kind, batch_size, count):
     batches = streamed().eval_batches(devices, "test", batch_size, Scaling(1.0))
 
     def on_device(data):
-        return jax.lax.all_gather(batches.on_device(data), "batch", tiled=True)
+        return jax.lax.all_gather(batches.on_device(data, 0), "batch", tiled=True)
 
     call = devices.map(on_device, sharded=(0,))
     found = [devices.fetch(call(data)) for data in batches]

@@ -20,6 +20,7 @@ from aim_flax.study import run as studies
 from aim_flax.study.plan import NOT_RECORDED, plan
 from aim_flax.study.work import fits_together
 from aim_flax.train import loop
+from aim_flax.train.evaluate_run import evaluate_run
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.restore import restore_run
 from aim_flax.train.workdir import LOCK, held
@@ -95,6 +96,7 @@ PLATEAUS = ("schedule.plateau_patience=1", "schedule.plateau_min_delta=0.2")
 def test_seeds_trained_together_are_those_trained_alone(tmp_path, arm, devices, overrides):
     """With dropout and augmentation; a carried memory and calls that part the epochs."""
     overrides = [*SMALL, "train.epochs=3", "model.dropout=0.2", "augment.shift=1", *overrides]
+    overrides.append("augment.roll=true")  # In evaluation, too.
     workdir = tmp_path / "s"
     asked = plan(DIGITS, [arm], "4-5", overrides=overrides)
     studies.run(asked, workdir, device_count=devices, quiet=True)
@@ -118,6 +120,10 @@ def test_seeds_trained_together_are_those_trained_alone(tmp_path, arm, devices, 
     for key in ("seed", "best_step", "steps", "params", "batch_stats", "test_examples"):
         assert one[key] == single[key], key
     assert one["test_loss"] == pytest.approx(single["test_loss"], rel=1e-3)
+    for run, summary in ((together, one), (alone, single)):
+        again = evaluate_run(run, device_count=1)
+        assert again.loss == pytest.approx(summary["test_loss"], rel=1e-4)
+        assert again.accuracy == summary["test_accuracy"]
     for checkpoint in ("best", "latest"):
         steps = [restore_run(run, checkpoint).step for run in (together, alone)]
         assert steps[0] == steps[1]

@@ -1,4 +1,6 @@
-"""Random changes to training images, on the device and per example.
+"""Random changes to images, on the device and per example.
+
+They are for training, but for `roll`, which evaluation does, too.
 
 Rotation, translation, flips and contrast have the semantics of the Keras layers RandomRotation,
 RandomTranslation, RandomFlip and RandomContrast (keras.io). All moves by fractions of a pixel are
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
 from aim_flax.errors import UsageError, nearest
+from aim_flax.keys import Seed, roll_key
 
 OPTIONS = (
     "crop",
@@ -23,10 +26,13 @@ OPTIONS = (
     "flip_horizontal",
     "flip_vertical",
     "contrast",
+    "roll",
 )
 # The proportions of a crop relative to the image's, as in C. Szegedy et al., Going Deeper with
 # Convolutions (2015).
 CROP_ASPECT = (3 / 4, 4 / 3)
+# What the key of an image's offset is folded with: one more than the keys that are split from it.
+_ROLL = 6
 
 
 def check_options(options: Mapping[str, float | bool]) -> None:
@@ -52,8 +58,9 @@ def augment(
         image's size; `rotation`, at most this many turns either way; `translation`, at most this
         share of height and width; `shift`, at most this many whole pixels either way;
         `flip_horizontal` and `flip_vertical`, each with probability 1/2; `contrast`, each channel's
-        distance from its mean times 1 ± at most this much. An option that is missing, zero or
-        False is not done. Edges are filled by reflection, pixels are interpolated bilinearly.
+        distance from its mean times 1 ± at most this much; at last `roll`, see `roll`. An option
+        that is missing, zero or False is not done. Edges are filled by reflection, pixels are
+        interpolated bilinearly.
     """
     positions = first + jnp.arange(images.shape[0])
     keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
@@ -69,7 +76,40 @@ def augment(
         factors = jax.vmap(partial(jax.random.uniform, **bounds))(key_contrast)
         means = images.mean(axis=(1, 2), keepdims=True)
         images = (images - means) * factors[:, None, None, None] + means
+    if options["roll"]:
+        # Last: then no place in an image differs from another, and edges are filled before.
+        images = roll(images, jax.vmap(partial(jax.random.fold_in, data=_ROLL))(keys))
     return images
+
+
+def roll(images: jax.Array, keys: jax.Array) -> jax.Array:
+    """Shifts images around: what leaves at one edge comes in at the opposite one, as `numpy.roll`
+    does along rows and columns.
+
+    Each place in an image then holds all of it alike, so that where something is tells nothing.
+
+    Args:
+      images: (B, H, W, C), any dtype, which the result has, too.
+      keys: (B,), from which each image's offset is drawn: rows down, uniform over 0 to H - 1, and
+        columns to the right, uniform over 0 to W - 1.
+    """
+    sizes = images.shape[1:3]
+    draw = partial(jax.random.randint, shape=(2,), minval=0, maxval=jnp.array(sizes))
+    offsets = jax.vmap(draw)(keys)
+    rows, columns = ((jnp.arange(n) - offsets[:, i, None]) % n for i, n in enumerate(sizes))
+    # On CPU up to four times as fast as a vmapped jnp.roll.
+    return _take(images, rows, columns)
+
+
+def roll_in_evaluation(images: jax.Array, seed: Seed, indices: jax.Array) -> jax.Array:
+    """Rolls images, (B, H, W, C), by offsets that depend on the run's seed and on each image's
+    index in its split, (B,) int32, alone: they are the same at each evaluation."""
+    return roll(images, jax.vmap(partial(jax.random.fold_in, roll_key(seed)))(indices))
+
+
+def rolls(options: Mapping[str, float | bool] | None) -> bool:
+    """Returns whether images are rolled, by the options of a config, which older runs lack."""
+    return bool((options or {}).get("roll"))
 
 
 def _move_whole_pixels(
@@ -91,10 +131,15 @@ def _move_whole_pixels(
             flips = jax.vmap(jax.random.bernoulli)(keys[1 + axis])
             source = jnp.where(flips[:, None], source[:, ::-1], source)
         sources.append(source)
-    rows, columns = sources[0][:, :, None], sources[1][:, None, :]
-    examples = jnp.arange(len(images))[:, None, None]
     # On CPU several times as fast as choosing between an image and its mirror image.
-    return jnp.asarray(images).at[examples, rows, columns].get(mode="promise_in_bounds")
+    return _take(images, *sources)
+
+
+def _take(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Returns images made of other rows, (B, H) int, and columns, (B, W) int, of themselves."""
+    examples = jnp.arange(len(images))[:, None, None]
+    places = (examples, rows[:, :, None], columns[:, None, :])
+    return jnp.asarray(images).at[places].get(mode="promise_in_bounds")
 
 
 def _warp_randomly(

@@ -1,7 +1,7 @@
 """Random changes to training images on the host, as `augment.py` makes them on the device.
 
 Pixels are moved here, as uint8, because OpenCV is far quicker than a device's gathers; contrast is
-left to the device.
+left to the device, and so is `roll`, which evaluation does in the same way.
 """
 
 import dataclasses

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from aim_flax.data.augment import roll_in_evaluation
 from aim_flax.data.balance import BalancedOrder
 from aim_flax.data.fingerprint import Fingerprint
 from aim_flax.data.scaling import Scaling
@@ -89,6 +90,7 @@ class EvalBatches(abc.ABC):
     Attributes:
       batch_size: over all devices, rounded up to a multiple of their number.
       scale, sharded: as in `TrainBatches`.
+      roll: whether images are rolled, see `augment.roll`.
       examples: number of images in the split.
     """
 
@@ -97,6 +99,7 @@ class EvalBatches(abc.ABC):
     split: str
     batch_size: int
     scale: Scaling
+    roll: bool = False
     sharded: ClassVar[bool]
 
     def __post_init__(self):
@@ -108,9 +111,20 @@ class EvalBatches(abc.ABC):
         """Yields what `on_device` takes, a batch at a time."""
 
     @abc.abstractmethod
-    def on_device(self, data: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def on_device(
+        self, data: Any, seed: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Returns this device's images float32, labels, and two (B,) bool: which images count, and
-        which of the others stand for images that were left out."""
+        which of the others stand for images that were left out.
+
+        Args:
+          data: a batch.
+          seed: of the run, () uint32, which `roll` depends on.
+        """
+
+    def _prepared(self, images: jax.Array, seed: jax.Array, indices: jax.Array) -> jax.Array:
+        """Returns what the network gets of a batch; `indices` are those of `record_indices`."""
+        return self.scale(roll_in_evaluation(images, seed, indices) if self.roll else images)
 
 
 class Dataset(abc.ABC):
@@ -150,6 +164,11 @@ class Dataset(abc.ABC):
     def labels(self, split: str) -> np.ndarray:
         """Returns the labels of a split, (N,) int32, without decoding any image."""
 
+    def record_indices(self, split: str) -> np.ndarray:
+        """Returns the index of each image of a split, (N,) int32, among all of its records: those
+        that were left out are counted, whether images are decoded at once or not."""
+        return np.arange(self.records[split], dtype=np.int32)
+
     @abc.abstractmethod
     def name(self, split: str, index: int) -> str:
         """Returns a name by which a person finds an image, for example its path."""
@@ -166,7 +185,12 @@ class Dataset(abc.ABC):
         return self._train_batches(self, devices, batch_size, scale, augmentation, balanced)
 
     def eval_batches(
-        self, devices: Devices, split: str, batch_size: int, scale: Scaling
+        self,
+        devices: Devices,
+        split: str,
+        batch_size: int,
+        scale: Scaling,
+        roll: bool = False,
     ) -> EvalBatches:
         """Returns the batches of a split; `batch_size` is rounded up as `EvalBatches` says."""
-        return self._eval_batches(self, devices, split, batch_size, scale)
+        return self._eval_batches(self, devices, split, batch_size, scale, roll)

@@ -83,20 +83,23 @@ class EvalBatches(dataset.EvalBatches):
     def __post_init__(self):
         super().__post_init__()
         split, replicate = self.dataset.splits[self.split], self.devices.replicate
-        data = replicate((split.images, split.labels))
+        records = self.dataset.record_indices(self.split)
+        data = replicate((split.images, split.labels, records))
         starts = range(0, self.examples, self.batch_size)
         self._batches = [(*data, replicate(np.int32(start))) for start in starts]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
 
-    def on_device(self, data: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        images, labels, start = data
+    def on_device(
+        self, data: Any, seed: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        images, labels, records, start = data
         local = self.batch_size // self.devices.count
         indices = start + jax.lax.axis_index(AXIS) * local + jnp.arange(local)
         counted = indices < self.examples
         indices %= self.examples
-        images = self.scale(images[indices])
+        images = self._prepared(images[indices], seed, records[indices])
         return images, labels[indices], counted, jnp.zeros_like(counted)
 
 
@@ -121,6 +124,12 @@ class InMemory(dataset.Dataset):
         self._encoded = encoded
         self.sizes = {name: len(split) for name, split in splits.items()}
         self.records = {n: size + len(self.skipped.get(n, ())) for n, size in self.sizes.items()}
+        # Not `skipped`, to which a run that goes on adds those of before.
+        left_out = {name: sorted(self.skipped.get(name, ())) for name in splits}
+        self._indices = {
+            name: np.setdiff1d(np.arange(size, dtype=np.int32), left_out[name])
+            for name, size in self.records.items()
+        }
         self._names = names or (lambda split, index: f"{split}, image {index}")
 
     def _fingerprint(self) -> fingerprint.Fingerprint:
@@ -140,6 +149,9 @@ class InMemory(dataset.Dataset):
 
     def labels(self, split: str) -> np.ndarray:
         return self.splits[split].labels
+
+    def record_indices(self, split: str) -> np.ndarray:
+        return self._indices[split]
 
     def name(self, split: str, index: int) -> str:
         return self._names(split, index)

@@ -70,7 +70,7 @@ class TrainBatches(dataset.TrainBatches):
             changed = images
             if self.augmentation is not None:
                 first = jax.lax.axis_index(AXIS) * len(labels)
-                rest = {"contrast": self.augmentation.get("contrast")}
+                rest = {name: self.augmentation.get(name) for name in ("contrast", "roll")}
                 changed = augment(images, augment_key(seed, step), first, rest)
             return self.scale(changed), labels
 
@@ -108,13 +108,17 @@ class EvalBatches(dataset.EvalBatches):
             left_out = found["skipped"] >= 0
             if not real:
                 found["skipped"] = np.int64(-1)
+            found["index"] = np.int32(index % self.examples)
             return found | {"counted": real and not left_out, "left_out": real and left_out}
 
         which = range(-(-self.examples // self.batch_size))
         return self.dataset.batches(self.split, self.devices, self.batch_size, which, record)
 
-    def on_device(self, data: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        return self.scale(data["images"]), data["labels"], data["counted"], data["left_out"]
+    def on_device(
+        self, data: Any, seed: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        images = self._prepared(data["images"], seed, data["index"])
+        return images, data["labels"], data["counted"], data["left_out"]
 
 
 class Streamed(dataset.Dataset):

@@ -96,20 +96,22 @@ def build_evaluate(
     batches: EvalBatches,
     num_classes: int,
     together: bool = False,
-) -> Callable[[Any], Any]:
-    """Returns variables -> Evaluation of all batches of a split, a compiled call per batch.
+) -> Callable[[Any, Any], Any]:
+    """Returns (variables, seed) -> Evaluation of all batches of a split, a compiled call per batch.
+
+    The seed is that of the run, for what is drawn at random (`EvalBatches.roll`).
 
     Args:
       model: `model.apply(variables, images, train=False)` gives logits; of a Linen module or
         `interventions.Choosable`.
       together: whether variables have a leading axis, of networks that are evaluated at once; then
-        there is a list with an Evaluation of each.
+        there is a seed for each, and a list with an Evaluation of each.
 
     The evaluation raises RuntimeError if any example was neither counted once nor left out.
     """
 
-    def on_device(sums, variables, data):
-        images, labels, counted, left_out = batches.on_device(data)
+    def on_device(sums, variables, data, seed):
+        images, labels, counted, left_out = batches.on_device(data, seed)
         logits = model.apply(variables, images, train=False)
         new, of_images = _score(logits, labels, counted, num_classes)
         new["skipped"] = left_out.sum(dtype=jnp.int32)
@@ -119,14 +121,15 @@ def build_evaluate(
 
     # Not a loop within one program: XLA on CPU computes convolutions in loops several times slower.
     sharded = (2,) if batches.sharded else ()
-    one = jax.vmap(on_device, in_axes=(0, 0, None)) if together else on_device
+    one = jax.vmap(on_device, in_axes=(0, 0, None, 0)) if together else on_device
     add_batch = devices.map(one, donate=(0,), sharded=sharded)
 
-    def evaluate(variables: Any) -> Evaluation | list[Evaluation]:
+    def evaluate(variables: Any, seed: int | np.ndarray) -> Evaluation | list[Evaluation]:
+        seed = devices.replicate(np.asarray(seed, np.uint32))
         axes = devices.fetch(jax.tree.leaves(variables)[0]).shape[:1] if together else ()
         sums, of_images = devices.replicate(_zero(axes, num_classes)), []
         for data in batches:
-            sums, of_batch = add_batch(sums, variables, data)
+            sums, of_batch = add_batch(sums, variables, data, seed)
             of_images.append(of_batch)
         sums, of_images = devices.fetch((sums, of_images))
         of_images = {

@@ -43,17 +43,20 @@ class Notebooks:
     written: np.ndarray | None
 
 
-def collect(model: AiM, devices: Devices, batches: EvalBatches, variables: Any) -> Notebooks:
+def collect(
+    model: AiM, devices: Devices, batches: EvalBatches, variables: Any, seed: int
+) -> Notebooks:
     """Returns the memory of the first images of a split, at most MOST_IMAGES.
 
     Args:
       model: a latched network.
       variables: replicated.
+      seed: of the run, see `EvalBatches.on_device`.
     """
     capturing = model.clone(capture=True)
 
-    def on_device(variables, data):
-        images, labels, counted, _ = batches.on_device(data)
+    def on_device(variables, data, seed):
+        images, labels, counted, _ = batches.on_device(data, seed)
         updates: list[str] = []
 
         def watch(place: Any) -> None:
@@ -74,9 +77,10 @@ def collect(model: AiM, devices: Devices, batches: EvalBatches, variables: Any) 
         return learned, jax.lax.all_gather(of_images, AXIS, tiled=True)
 
     run = devices.map(on_device, sharded=(1,) if batches.sharded else ())
+    seed = devices.replicate(np.uint32(seed))
     parts: list[dict[str, np.ndarray]] = []
     for data in batches:
-        learned, part = devices.fetch(run(variables, data))
+        learned, part = devices.fetch(run(variables, data, seed))
         counted = part.pop("counted")
         parts.append({name: array[counted] for name, array in part.items()})
         if sum(len(part["labels"]) for part in parts) >= MOST_IMAGES:

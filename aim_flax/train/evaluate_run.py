@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from aim_flax import files
 from aim_flax.config import override
+from aim_flax.data.augment import rolls
 from aim_flax.data.dataset import Dataset, EvalBatches
 from aim_flax.data.fingerprint import changes
 from aim_flax.data.load import decode_if_small, open_dataset, with_classes
@@ -57,7 +58,10 @@ class _Opened:
         """Returns a function that evaluates a network with given variables added to the
         checkpoint's."""
         evaluate = build_evaluate(model, self.devices, self.batches, len(self.classes))
-        return lambda variables: evaluate({**self.variables, **self.devices.replicate(variables)})
+        seed = self.config.seed
+        return lambda variables: evaluate(
+            {**self.variables, **self.devices.replicate(variables)}, seed
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -91,7 +95,9 @@ def _open(
     dataset = decode_if_small(dataset, config)
     devices = Devices(config.parallel, device_count)
     page(workdir)  # raises before anything is written
-    batches = dataset.eval_batches(devices, split, config.eval.batch_size, scaling(config.data))
+    batches = dataset.eval_batches(
+        devices, split, config.eval.batch_size, scaling(config.data), rolls(config.augment)
+    )
     variables = devices.replicate(restored.variables)
     other = {"new": changed.new, "gone": changed.gone} if changed else None
     # Not of images that it may never have seen.
@@ -251,7 +257,9 @@ def picture_memory(
     if restored.config.memory is None:
         raise UsageError(f"{workdir} has no memory to draw: its network is plain")
     opened = _open(workdir, restored, split, device_count, overrides)
-    notebooks = pictures.collect(restored.model, opened.devices, opened.batches, opened.variables)
+    notebooks = pictures.collect(
+        restored.model, opened.devices, opened.batches, opened.variables, opened.config.seed
+    )
     context = {
         "split": split,
         "checkpoint": checkpoint,

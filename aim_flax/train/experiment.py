@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from aim_flax.config import flatten
-from aim_flax.data.augment import check_options
+from aim_flax.data.augment import check_options, roll_in_evaluation, rolls
 from aim_flax.data.balance import BALANCES, class_weights
 from aim_flax.data.dataset import Dataset, EvalBatches
 from aim_flax.data.load import decode_if_small, open_dataset, with_classes
@@ -268,44 +268,61 @@ class Experiment:
 
         return on_device
 
-    def evaluate(self, split: str, together: bool = False) -> Callable[[Any], list[Evaluation]]:
-        """Returns replicated variables -> [Evaluation of a split].
+    def evaluate(self, split: str, together: bool = False) -> Callable[..., list[Evaluation]]:
+        """Returns (replicated variables, seed) -> [Evaluation of a split].
 
-        With `together` variables have a leading axis of seeds, and there is one for each of them.
+        With `together` variables have a leading axis of seeds, (seeds,) ints on the host, and there
+        is one for each of them.
         """
 
         def build() -> Callable:
             batches, classes = self.eval_batches(split), len(self.dataset.classes)
             network = trained(self.model)
             evaluate = build_evaluate(network, self.devices, batches, classes, together)
-            return evaluate if together else lambda variables: [evaluate(variables)]
+            return evaluate if together else lambda *of_run: [evaluate(*of_run)]
 
         return self.program(("evaluate", split, together), build)
 
     def eval_batches(self, split: str) -> EvalBatches:
         """Returns the batches of a split, in its order."""
         return self.dataset.eval_batches(
-            self.devices, split, self.config.eval.batch_size, scaling(self.config.data)
+            self.devices,
+            split,
+            self.config.eval.batch_size,
+            scaling(self.config.data),
+            rolls(self.config.augment),
         )
 
-    def memory_probe(self, together: bool = False) -> Callable[[Any], dict[str, dict[str, Any]]]:
-        """Returns replicated variables -> the use of memory on the first selection batch.
+    def memory_probe(self, together: bool = False) -> Callable[..., dict[str, dict[str, Any]]]:
+        """Returns (replicated variables, seed) -> the use of memory on the first selection batch.
 
-        Numbers are arrays, () or, with `together`, (seeds,).
+        Numbers are arrays, () or, with `together`, (seeds,), as are the seeds on the host.
         """
         if self.config.memory is None:
-            return lambda variables: {}
+            return lambda variables, seed: {}
         images = self.probe_images()
+        indices = self.dataset.record_indices(self.config.eval.select_on)[: len(images)]
+        roll, network = rolls(self.config.augment), trained(self.model)
+
+        def use(variables, images, indices, seed):
+            shown = roll_in_evaluation(images, seed, indices) if roll else images
+            return memory_use(network, variables, shown)
 
         def build() -> Callable:
-            use = functools.partial(memory_use, trained(self.model))
-            return self.devices.on_first(jax.vmap(use, in_axes=(0, None)) if together else use)
+            of_all = jax.vmap(use, in_axes=(0, None, None, 0)) if together else use
+            return self.devices.on_first(of_all)
 
-        use = self.program(("probe", together), build)
-        return lambda variables: jax.tree.map(np.asarray, use(variables, images))
+        use_of = self.program(("probe", together), build)
+
+        def probe(variables: Any, seed: int | np.ndarray) -> dict[str, dict[str, Any]]:
+            found = use_of(variables, images, indices, np.asarray(seed, np.uint32))
+            return jax.tree.map(np.asarray, found)
+
+        return probe
 
     def probe_images(self) -> np.ndarray:
-        """Returns the first selection batch, (at most eval.batch_size, H, W, C) float32."""
+        """Returns the first selection batch, (at most eval.batch_size, H, W, C) float32, as the
+        files have it."""
         split, count = self.config.eval.select_on, self.config.eval.batch_size
         return scaling(self.config.data)(self.dataset.first_images(split, count))
 

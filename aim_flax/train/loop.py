@@ -158,6 +158,8 @@ class Loop:
         # What the latest checkpoint holds.
         self.saved = self._how_far() if self.step in self.checkpoints.steps else None
         self.states, self.best = self.devices.replicate(states), self.devices.replicate(best)
+        seeds = np.array([run.config.seed for run in runs], np.uint32)
+        self.seed = seeds if self.together else self.config.seed
         self.pace = Pace(self.experiment.total_steps, self.step)
         self.files = [ProgressFile(workdir / PROGRESS) for workdir in workdirs]
         self.identities = [identity(workdir) for workdir in workdirs]
@@ -216,8 +218,6 @@ class Loop:
             runs that diverges is marked (`mark_diverged`), and the others continue.
         """
         experiment, config = self.experiment, self.config
-        seeds = np.array([run.config.seed for run in self.runs], np.uint32)
-        seed = seeds if self.together else config.seed
         compiled: set[int] = set()
         with contextlib.ExitStack() as stack:
             received = stack.enter_context(signals(self.part.received))
@@ -226,9 +226,9 @@ class Loop:
             workdirs = [] if self._done() else self.workdirs
             events = [report.Events(workdir, self.step) for workdir in workdirs]
             self.part.begin(self.step)
-            feed = experiment.train_batches.feed(seed, self.step, experiment.total_steps)
+            feed = experiment.train_batches.feed(self.seed, self.step, experiment.total_steps)
             stack.enter_context(contextlib.closing(feed))
-            seed = self.devices.replicate(np.asarray(seed, np.uint32))
+            seed = self.devices.replicate(np.asarray(self.seed, np.uint32))
             select = experiment.evaluate(config.eval.select_on, self.together)
             probe = experiment.memory_probe(self.together)
             if not self._done():
@@ -382,7 +382,7 @@ class Loop:
         Returns means over the runs that have not diverged.
         """
         variables = variables_of(self.states)
-        selections, uses = select(variables), probe(variables)
+        selections, uses = select(variables, self.seed), probe(variables, self.seed)
         scales = np.atleast_1d(self.devices.fetch(self.states.learning_rate_scale))
         improved = np.zeros(len(self.runs), bool)
         for i in self.alive:
@@ -546,7 +546,9 @@ class Loop:
     def _finish(self) -> list[dict[str, Any]]:
         """Tests the best networks, writes the results of each run, and returns the summaries."""
         self._as_json()  # brings the training time up to date
-        tests = self.experiment.evaluate("test", self.together)(self.best) if self.alive else None
+        tests = None
+        if self.alive:
+            tests = self.experiment.evaluate("test", self.together)(self.best, self.seed)
         best, last = self.devices.fetch(self.best), self.devices.fetch(self.states)
         if any_process(self._is_gone())[0]:
             raise self._lost()
