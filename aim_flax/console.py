@@ -256,6 +256,32 @@ def folder(text: str) -> str:
     return text
 
 
+def differences(text: str) -> list[float]:
+    """Returns the value of a flag that names differences of accuracy, in percentage points."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < points <= 100 for points in found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected points of accuracy, each above 0 and at most 100, such as 1,0.5"
+        )
+    return found
+
+
+def add_power(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag --power, a list of `differences`; without a value a usual one."""
+    parser.add_argument(
+        "--power",
+        nargs="?",
+        type=differences,
+        const="2,1,0.5,0.25",
+        metavar="POINTS",
+        help="print how small a difference the finished runs would show with a chance of 80 %%, and"
+        " how many seeds differences of POINTS need; default: 2,1,0.5,0.25",
+    )
+
+
 def parse_with_overrides(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:

@@ -4,6 +4,7 @@ Runs of the same seed see the same examples in the same order, so arms are compa
 differences of their common seeds. What few or equal numbers cannot show is None, never a guess.
 """
 
+import bisect
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,10 @@ from collections.abc import Mapping, Sequence
 from aim_flax.errors import check_choice
 
 CONFIDENCE = 0.95
+# The chance with which a test is to show a difference that is there (J. Cohen, Statistical Power
+# Analysis for the Behavioral Sciences, 1988).
+POWER = 0.8
+MOST_SEEDS = 1_000_000  # to ask for
 # Accuracies are counts of images over their number: two that differ, differ by more than this.
 _EQUAL = 1e-9
 
@@ -127,6 +132,30 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected
+
+
+def smallest_effect(n: int) -> float:
+    """Returns the smallest d_z (mean difference over the standard deviation of differences) that
+    the two-sided paired t-test of `n` pairs shows with a chance of POWER.
+
+    The test's statistic then has the noncentral t distribution with n - 1 degrees of freedom. What
+    would be shown with the wrong sign, less than one in a million, is left out.
+
+    Args:
+      n: at least 2.
+    """
+    from scipy.special import nctdtrinc, stdtrit
+
+    critical = stdtrit(n - 1, (1 + CONFIDENCE) / 2)
+    return float(nctdtrinc(n - 1, 1 - POWER, critical)) / n**0.5
+
+
+def seeds_for(effect: float) -> int | None:
+    """Returns how many pairs show a d_z of `effect`, above 0, with a chance of POWER; None: more
+    than MOST_SEEDS."""
+    numbers = range(2, MOST_SEEDS + 1)
+    place = bisect.bisect_left(numbers, -effect, key=lambda n: -smallest_effect(n))
+    return numbers[place] if place < len(numbers) else None
 
 
 def p_value(p: float | None) -> str:

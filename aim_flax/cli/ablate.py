@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from aim_flax.console import (
     CommandParser,
+    add_power,
     as_command,
     command_line,
     folder,
@@ -73,17 +74,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--report-only", action="store_true", help="only write the report of --workdir again"
     )
+    add_power(parser)
     argv = sys.argv[1:] if argv is None else argv
     args, assignments = parse_with_overrides(parser, argv)
     if args.report_only and not args.workdir:
         parser.error("--report-only needs the --workdir of a study")
-    if not args.report_only and not args.config:
+    if args.power and not args.workdir:
+        parser.error("--power needs the --workdir of a study")
+    if args.power and (args.config or args.report_only):
+        other = "--config" if args.config else "--report-only"
+        parser.error(f"--power only prints, and trains nothing: leave out {other}")
+    if not (args.report_only or args.power or args.config):
         parser.error("the following arguments are required: --config")
 
     from aim_flax import allocator, compile_cache, devices
     from aim_flax.study.plan import plan
-    from aim_flax.study.run import default_workdir, run, write_report
+    from aim_flax.study.run import default_workdir, power, run, write_report
 
+    if args.power:
+        print(power(args.workdir, args.reference, args.power))
+        return
     if args.report_only:
         write_report(args.workdir, args.reference, command=command_line("ablate.py", argv))
         return

@@ -19,6 +19,7 @@ from aim_flax.errors import UsageError, check_choice
 from aim_flax.plots import marker, plain, set_epochs, set_title, short
 from aim_flax.statistics import CONFIDENCE, Comparison, compare, p_value
 from aim_flax.study.page import Part, write_page
+from aim_flax.study.power import smallest_differences
 from aim_flax.study.results import COLUMNS, Row, accuracies_by_arm, is_finished
 from aim_flax.study.table import arm_cells, interval, measure_cells, notes
 from aim_flax.train import report
@@ -112,8 +113,10 @@ def _parts(
             " initial values, the order of examples and what else is drawn in training, not the"
             " split of the data.",
         ),
-        ("text", _selection(rows)),
     ]
+    if smallest := smallest_differences(compared):
+        parts.append(("text", smallest))
+    parts.append(("text", _selection(rows)))
     if measures := measure_cells(rows):
         parts += [
             (

@@ -21,6 +21,7 @@ from aim_flax.errors import InterruptionError, UsageError
 from aim_flax.files import writing
 from aim_flax.study import report as study_report
 from aim_flax.study.plan import NOT_RECORDED, Study
+from aim_flax.study.power import power_table
 from aim_flax.study.record import SECONDS_TO_WAIT, add, merge, read_study
 from aim_flax.study.results import STUDY, read_run, without_result
 from aim_flax.study.table import arm_table
@@ -156,6 +157,21 @@ def write_report(
         elif len(study.arms) > 1:
             print("\nno report: no arm is named control; --reference ARM says what to compare with")
     return rows
+
+
+def power(workdir: str | Path, reference: str | None, points: Sequence[float]) -> str:
+    """Returns what the finished runs of a study tell of seeds, see `power.power_table`; nothing is
+    written.
+
+    Raises:
+      UsageError: the workdir holds no study; see `power_table`.
+    """
+    workdir = Path(workdir)
+    study = read_study(workdir)
+    if study is None:
+        raise UsageError(f"{workdir / STUDY} not found: {workdir} holds no study")
+    rows, _ = _results(workdir, study)
+    return power_table(rows, reference or study.reference, points)
 
 
 def _results(
