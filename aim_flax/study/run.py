@@ -9,6 +9,7 @@ DIR/.groups/<arm>/<first seed>/.
 import contextlib
 import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
