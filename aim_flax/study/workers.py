@@ -223,7 +223,7 @@ def _started(workdir: Path, count: int, options: dict[str, Any]) -> Iterator[lis
                 env=environment,
                 pass_fds=[other.fileno()],
                 # Ctrl-C is for this process, which passes it on.
-                start_new_session=True,
+                process_group=0,
             )
             other.close()
             # At once: how many threads libraries start depends on it.
