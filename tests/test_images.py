@@ -312,11 +312,8 @@ MOST = {  # kind, mode, further options: side of a square image that costs nearl
 }
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", MOST)
-def test_no_image_costs_more_than_is_said(kind):
-    """In a process of its own, whose memory tells; a larger image is refused."""
+def cost(encoded: bytes) -> int:
+    """Returns the bytes that decoding takes, in a process of its own, whose memory tells."""
     program = """
 import sys
 from pathlib import Path
@@ -332,15 +329,57 @@ before = most()
 load(encoded, (64, 64, 3))
 print(most() - before)
 """
-    form, mode, options, side = MOST[kind]
-    encoded = encode(Image.new(mode, (side, side)), form, **options)
     arguments = [sys.executable, "-c", program]
-    result = subprocess.run(arguments, input=encoded, capture_output=True, check=True)
-    assert int(result.stdout) < MOST_BYTES
+    return int(subprocess.run(arguments, input=encoded, capture_output=True, check=True).stdout)
+
+
+of_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.mark.slow
+@of_linux
+@pytest.mark.parametrize("kind", MOST)
+def test_no_image_costs_more_than_is_said(kind):
+    """A larger image is refused."""
+    form, mode, options, side = MOST[kind]
+    assert cost(encode(Image.new(mode, (side, side)), form, **options)) < MOST_BYTES
     larger = encode(Image.new(mode, (side * 5 // 4,) * 2), form, **options)
     if form != "JPEG":
         with refused("^has [0-9,]+ pixels, too many to decode in 256 MiB$", kind=ImageError):
             load(larger, SHAPE)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_image_of_several_is_taken(kind):
+    frames = [Image.fromarray(np.roll(picture(), 7 * shift, 0)).convert("P") for shift in range(3)]
+    frames = [frame if kind == "GIF" else frame.convert("RGB") for frame in frames]
+    encoded = encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+    with Image.open(io.BytesIO(encoded)) as image:
+        assert image.n_frames == 3
+    assert header(encoded) == (kind, HEIGHT, WIDTH)
+    np.testing.assert_array_equal(load(encoded, SHAPE), np.asarray(frames[0].convert("RGB")))
+
+
+def animation(frames: int, side: int) -> bytes:
+    """Returns a GIF, red, then green, and then blue in all other frames."""
+    colours = [Image.new("RGB", (side, side), colour) for colour in ("red", "lime", "blue")]
+    two, three = (
+        encode(colours[0], "GIF", save_all=True, append_images=colours[1:count]) for count in (2, 3)
+    )
+    assert three.startswith(two[:-1])
+    # Blocks of frames follow one another, up to a last byte.
+    return two[:-1] + three[len(two) - 1 : -1] * (frames - 2) + two[-1:]
+
+
+@of_linux
+def test_an_animation_of_ten_thousand_frames_costs_one():
+    """Which are 30 GB of pixels."""
+    encoded = animation(10_000, 1000)
+    np.testing.assert_array_equal(load(encoded, (1, 1, 3)), [[(255, 0, 0)]])
+    assert cost(encoded) < cost(animation(2, 1000)) + 2**22
+    # Nothing behind the first frame is looked at.
+    damaged = encode(Image.new("RGB", (9, 9), "red"), "GIF")[:-1] + b"no frame"
+    np.testing.assert_array_equal(load(damaged, (1, 1, 3)), [[(255, 0, 0)]])
 
 
 def test_decoders_write_nothing(tmp_path):

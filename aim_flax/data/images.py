@@ -76,7 +76,7 @@ def load(
     Args:
       encoded: JPEG, or what Pillow reads: PNG, WebP, ... Stored rotations (EXIF) are undone, 16
         bits become 8, transparency is dropped, palettes and CMYK become RGB. Damaged EXIF data is
-        ignored.
+        ignored. Of an animation, or a file of several images, the first alone is decoded.
       shape: (H, W, C) of the result; C is 3, or 1 for grey.
       region: the part to decode.
       fit: "stretch": a region of the whole image, whose proportions change; "crop": a region of
