@@ -6,9 +6,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ from aim_flax.errors import InterruptionError
 from aim_flax.train.experiment import Experiment
 from tests.runs import ROOT, flags
 
-# For processes of CPUs, which talk with each other by gloo; compiled as by `quick_compile`.
-GLOO = {
-    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+# Compiled as by `quick_compile`, and called as by conftest.py.
+QUICK = {
     "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
 }
+# For processes of CPUs, which talk with each other by gloo.
+GLOO = {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", **QUICK}
 
 _started: list[subprocess.Popen] = []
 
@@ -92,7 +94,7 @@ def not_finite(step: int, seed: int = 0) -> Iterator[None]:
 
 
 def start(
-    script: str, *arguments: str | Path, folder: Path | None = None, **environment: str
+    script: str | Path, *arguments: str | Path, folder: Path | None = None, **environment: str
 ) -> subprocess.Popen:
     """Starts train.py or another script on one device, in a folder (None: this process's)."""
     process = subprocess.Popen(
@@ -128,22 +130,39 @@ def start_one(
     workdir: Path,
     *assignments: str,
     more: tuple = (),
+    script: str | Path = "train.py",
 ) -> subprocess.Popen:
     """Starts one of several processes, of one device each, that meet at a port of this host.
 
     Args:
       more: flags.
+      script: what is started, with the flags of train.py.
     """
-    command = ("train.py", "--config", config, *flags(*assignments), "--workdir", workdir, *more)
+    command = (script, "--config", config, *flags(*assignments), "--workdir", workdir, *more)
     where = ("--coordinator", f"localhost:{port}", "--processes", count, "--process-id", index)
     return start(*command, "--distributed", *map(str, where), **GLOO)
 
 
 def start_several(
-    count: int, config: str, workdir: Path, *assignments: str
+    count: int,
+    config: str,
+    workdir: Path,
+    *assignments: str,
+    scripts: Mapping[int, str | Path] = MappingProxyType({}),
 ) -> list[subprocess.Popen]:
+    """Starts all of several processes.
+
+    Args:
+      scripts: what is started as which of them, where that is not train.py.
+    """
     port = free_port()
-    return [start_one(index, count, port, config, workdir, *assignments) for index in range(count)]
+    return [
+        start_one(
+            *(index, count, port, config, workdir, *assignments),
+            script=scripts.get(index, "train.py"),
+        )
+        for index in range(count)
+    ]
 
 
 def children(process: subprocess.Popen) -> list[int]:

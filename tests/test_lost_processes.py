@@ -15,13 +15,14 @@ from tests.processes import (
     end_all,
     finish,
     free_port,
+    interrupted,
     lines_until,
     start,
     start_one,
     start_several,
     until_saved,
 )
-from tests.runs import DIGITS, SMALL, assert_same_end, digits
+from tests.runs import DIGITS, SMALL, assert_same_end, digits, snapshot
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion", "quick_compile")]
 
@@ -83,6 +84,46 @@ def test_a_run_that_lost_a_process_goes_on_bit_for_bit(tmp_path, minutes, epochs
     assert "resuming" in outputs[0]
     loop.run(digits("aim_state", *options), tmp_path / "one", 2, quiet=True)
     assert_same_end(tmp_path / "two", tmp_path / "one")
+
+
+# train.py of a process that dies when it restores a checkpoint.
+_DIES = """
+import os
+import signal
+from aim_flax.cli.train import main
+from aim_flax.train.checkpoint import Checkpoints
+
+restore = Checkpoints.restore
+
+def die(self, *arguments):
+    if {has_read}:
+        restore(self, *arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Checkpoints.restore = die
+main()
+"""
+
+
+@pytest.mark.parametrize(("index", "has_read"), [(1, False), (1, True), (0, False)])
+def test_a_process_that_dies_while_all_restore_is_lost(tmp_path, index, has_read):
+    """Before the first step; nothing is lost."""
+    options = ("train.epochs=3",)
+    config, run = digits("aim_state", *options), tmp_path / "run"
+    with interrupted(19, "saved at step 38"):
+        loop.run(config, run, 2, quiet=True)
+    before = snapshot(run / "checkpoints")
+    dies = tmp_path / "train.py"
+    dies.write_text(_DIES.format(has_read=has_read))
+    command = (2, f"{DIGITS}:aim_state", run, *SMALL, *options)
+    processes = start_several(*command, scripts={index: dies})
+    processes[index].wait(timeout=300)
+    (line,) = told(processes[1 - index])
+    assert f"process {index} of 2 (on {os.uname().nodename}) {NO_SIGN}" in line
+    assert line.endswith(f"goes on at step 38 (lost_{1 - index}.log has JAX's words)")
+    assert processes[1 - index].returncode == LOST
+    assert processes[index].returncode == 128 + signal.SIGKILL
+    assert snapshot(run / "checkpoints") == before
 
 
 def test_a_process_that_hangs_is_lost(tmp_path):

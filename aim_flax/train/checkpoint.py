@@ -160,6 +160,8 @@ class Checkpoints:
             with _quiet():
                 restored = dict(self._manager.restore(step, args=arguments).items())
         except Exception as error:  # Orbax and tensorstore raise many kinds on damaged files.
+            # Raises where another process is lost, which tells nothing of the checkpoint.
+            multihost_utils.sync_global_devices("after a checkpoint that could not be read")
             reason = " ".join(str(error).split())[:120]
             raise UsageError(f"the checkpoint of step {step} cannot be read: {reason}") from error
         written = restored.pop(_DIGESTS, None)
