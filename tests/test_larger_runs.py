@@ -1,7 +1,9 @@
 """Batches computed in parts, and moving averages: by hand, and on devices of any number."""
 
+import contextlib
 import functools
 import re
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,14 @@ import optax
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load as load_arrays
 
+from aim_flax.cli import export as export_command
+from aim_flax.data.scaling import scaling
 from aim_flax.evaluate.evaluation import build_evaluate
+from aim_flax.models.build import trained
 from aim_flax.train import loop
+from aim_flax.train.checkpoint import Checkpoints
 from aim_flax.train.evaluate_run import evaluate_run
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.restore import restore_run
@@ -199,6 +206,28 @@ def test_the_average_is_what_is_evaluated_kept_and_used(averaged):
     assert test.accuracy == loop.run(config, workdir, 1, quiet=True)["test_accuracy"]
     predictor = Predictor.from_run(workdir)
     assert_equal(predictor.variables, best.variables)
+
+
+def test_the_average_is_what_is_exported(averaged, tmp_path):
+    config, workdir = averaged
+    flags = ["--workdir", str(workdir), "--checkpoint", "latest"]
+    export_command.main([*flags, "--to", str(tmp_path / "network.zip")])
+    with zipfile.ZipFile(tmp_path / "network.zip") as archive:
+        exported = jax.export.deserialize(bytearray(archive.read("aim_network/network.jax")))
+        arrays = load_arrays(archive.read("aim_network/parameters.safetensors"))
+    experiment = Experiment(config, 1)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    with contextlib.closing(checkpoints):
+        state = checkpoints.restore(57, experiment.abstract_state).state
+    pixels = np.random.default_rng(0).integers(0, 17, (9, 8, 8, 1)).astype(np.uint8)
+    found = jax.jit(exported.call)(arrays, pixels)
+
+    def expected(variables):
+        images = scaling(config.data)(pixels)
+        return nn.softmax(trained(experiment.model).apply(variables, images, train=False))
+
+    np.testing.assert_allclose(found, expected(state.average), rtol=1e-5)
+    assert np.abs(found - expected(trained_variables(state))).max() > 1e-3
 
 
 @pytest.mark.slow
