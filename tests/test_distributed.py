@@ -81,6 +81,20 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path, kind):
     assert restore_run(tmp_path / "two", "latest").step == 152
 
 
+def test_two_processes_go_back_from_a_damaged_checkpoint(tmp_path):
+    options = ("train.epochs=4", "train.checkpoint_minutes=0.0")
+    run = tmp_path / "run"
+    with interrupted(38, "saved at step 57"):
+        loop.run(digits("aim_state", *options), run, 2, quiet=True)
+    (run / "checkpoints" / "57" / "state" / "_METADATA").write_text("{")
+    outputs = finish(*start_several(2, f"{DIGITS}:aim_state", run, *SMALL, *options))
+    for output in outputs:
+        assert "the checkpoint of step 57 cannot be read" in output
+        assert "going back to step 38" in output
+    assert read_json(run / "summary.json")["steps"] == 76
+    assert (run / "checkpoints" / "set-aside-57").is_dir()
+
+
 @pytest.mark.parametrize("kind", ["pmap", "shard_map"])
 def test_each_process_reads_its_share_of_what_streams(tmp_path, kind):
     """A damaged image is read, and reported, by one of them alone."""
