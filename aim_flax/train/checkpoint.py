@@ -5,10 +5,8 @@ import dataclasses
 import errno
 import io
 import itertools
-import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import LatestN
 
+from aim_flax.console import without_noise
 from aim_flax.errors import StorageError, UsageError
 from aim_flax.files import refused
 from aim_flax.train.digest import DigestRestore, DigestSave, changed
@@ -317,15 +316,7 @@ class Checkpoints:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps orbax's logs off the terminal: its settings, and many lines for each damaged file."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        sys.unraisablehook = hook
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.callback(without_noise())
+        yield
