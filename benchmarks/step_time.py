@@ -5,13 +5,15 @@
         --vary model.pointwise=einsum,conv --csv results/step_time.csv
 
 Each round takes one step of every variant in turn, so that whatever else the machine does meets
-them alike; ratios are to the first variant. With --largest the batch is doubled, each variant by
-itself, until it no longer fits the accelerator's memory.
+them alike; ratios are to the first variant. `first_seconds` is what the first step took: tracing,
+compiling, or loading from the folder of JAX_COMPILATION_CACHE_DIR, and computing. With --largest
+the batch is doubled, each variant by itself, until it no longer fits the accelerator's memory.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -25,26 +27,49 @@ from aim_flax.console import reporting_errors
 from aim_flax.errors import UsageError
 from aim_flax.files import write_csv
 from aim_flax.train.optimizer import build_optimizer
+from aim_flax.train.remat import check_remat
 from aim_flax.train.step import create_state, train_step
 
 COLUMNS = ("variant", "batch_size", "seconds", "images_per_second", "ratio", "mebibytes", "device")
+COLUMNS += ("first_seconds",)
 
 
 class Variant:
     """A compiled training step on random images, and its timings."""
 
     def __init__(self, name: str, config: configs.ConfigDict):
+        if config.model.num_classes is None:
+            raise UsageError(
+                f"{config.name} leaves the number of classes to its images, and here are none:"
+                " --set model.num_classes=N says how many"
+            )
         self.name, self.config = name, config
         self.batch_size = config.train.batch_size
+        start = time.perf_counter()
         model = build_model(config)
         optimizer = build_optimizer(config, optax.constant_schedule(1e-3))
         image_shape = tuple(config.data.image_shape)
+        train = config.train
+        check_remat(model, image_shape, train.remat)
 
         def step(state, images, labels):
-            return train_step(model, optimizer, state, images, labels, seed=0)
+            return train_step(
+                model,
+                optimizer,
+                state,
+                images,
+                labels,
+                seed=0,
+                freeze=train.freeze,
+                remat=train.remat,
+                accumulate=train.accumulate,
+                unroll=jax.default_backend() == "cpu",
+                ema_decay=train.ema_decay,
+            )
 
         # The values of the weights make no difference, and drawing them takes long to compile.
-        shapes = jax.eval_shape(lambda: create_state(model, optimizer, 0, image_shape))
+        averaged = train.ema_decay is not None
+        shapes = jax.eval_shape(lambda: create_state(model, optimizer, 0, image_shape, averaged))
         self.state = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e-2, leaf.dtype), shapes)
         rng = np.random.default_rng(0)
         images = rng.uniform(0, 255, (self.batch_size, *image_shape)).astype(np.float32)
@@ -55,6 +80,7 @@ class Variant:
         self.bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         self.seconds: list[float] = []
         self._run()
+        self.first_seconds = time.perf_counter() - start
 
     def _run(self) -> float:
         start = time.perf_counter()
@@ -77,6 +103,7 @@ class Variant:
             "ratio": f"{per_image / reference:.3f}",
             "mebibytes": round(self.bytes / 2**20),
             "device": f"{jax.devices()[0].device_kind}, jax {jax.__version__}",
+            "first_seconds": f"{self.first_seconds:.1f}",
         }
 
 
@@ -90,7 +117,9 @@ def variants(args: argparse.Namespace) -> dict[str, configs.ConfigDict]:
     for arm in args.arms.split(","):
         for combination in combinations:
             config = configs.load(f"{args.config}:{arm}")
-            name = " ".join([arm, *(c.rpartition(".")[2] for c in combination)])
+            pairs = (c.partition("=") for c in combination)
+            named = [f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs]
+            name = " ".join([arm, *named])
             found[name] = configs.override(config, [*args.set, *combination])
     return found
 
@@ -115,7 +144,7 @@ def largest(name: str, config: configs.ConfigDict, rounds: int) -> Variant:
 
 
 @reporting_errors()
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", default="configs/stanford_dogs_resnet50.py")
     parser.add_argument("--arms", default="published,control,control_stride1")
@@ -124,7 +153,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--largest", action="store_true", help="the largest batch that fits")
     parser.add_argument("--csv", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.largest and jax.default_backend() == "cpu":
         raise UsageError("--largest needs an accelerator: a CPU would start to swap")
     allocator.keep_memory()  # as commands do
