@@ -14,6 +14,7 @@ from flax import linen as nn
 from aim_flax.errors import UsageError
 from aim_flax.layers.batch_norm import BatchNorm
 from aim_flax.layers.depthwise import depthwise_taps
+from aim_flax.layers.once import gradient_once
 
 # Of the seven stages: the depthwise kernels, their strides, and how much wider a block is inside.
 _KERNELS = (3, 3, 5, 3, 5, 5, 3)
@@ -121,7 +122,7 @@ class ConvNorm(nn.Module):
         """Returns (B, ceil(H / stride), ceil(W / stride), features)."""
         window = (self.kernel, self.kernel)
         x = self.conv(self.features, window, strides=self.stride, name="conv")(x)
-        return nn.relu6(self.norm(name="norm")(x))
+        return nn.relu6(gradient_once(self.norm(name="norm")(x)))
 
 
 class InvertedBlock(nn.Module):
@@ -146,7 +147,7 @@ class InvertedBlock(nn.Module):
         y, inner = x, self.expansion * x.shape[-1]
         if self.expansion > 1:
             y = self.conv(inner, (1, 1), name="expand")(y)
-            y = nn.relu6(self.norm(name="expand_norm")(y))
+            y = nn.relu6(gradient_once(self.norm(name="expand_norm")(y)))
         y = self.conv(
             inner,
             (self.kernel, self.kernel),
