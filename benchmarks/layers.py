@@ -1,8 +1,8 @@
 """Layers of aim_flax/layers/ against Flax's and JAX's own: python benchmarks/layers.py.
 
-Each is computed forward and backward, at sizes of ResNet50 and its memory's update blocks (112 px,
-batch 4, float32). The two ways take turns within one process. Numbers are medians; ratios are those
-of each turn.
+Each is computed forward and backward, in float32, at sizes of ResNet50 and its memory's update
+blocks (112 px, batch 4) and of the small ResNet and its (32 px, width 8, batch 32). The two ways
+take turns within one process. Numbers are medians; ratios are those of each turn.
 """
 
 import argparse
@@ -61,6 +61,14 @@ def layers() -> Iterator[tuple[str, Callable[..., jax.Array], Any, Any, tuple]]:
         yield "3x3 convolution to 16", convolve, convolution, plain, shapes
     shapes = ((4, 112, 112, 3), (7, 7, 3, 64))
     yield "7x7 convolution to 64", convolve, convolution, plain, shapes
+    for size, channels in ((16, 8), (16, 32), (8, 64), (4, 128), (2, 256)):
+        shape = (32, size, size, channels)
+        yield "batch norm and relu", batch_norm_and_relu, BatchNorm, nn.BatchNorm, (shape,)
+    for size, inputs, features in ((16, 8, 8), (8, 16, 16), (4, 32, 32), (16, 32, 16), (8, 64, 16)):
+        shapes = ((32, size, size, inputs), (3, 3, inputs, features))
+        yield f"3x3 convolution to {features}", convolve, convolution, plain, shapes
+    shapes = ((32, 32, 32, 3), (7, 7, 3, 8))
+    yield "7x7 convolution to 8", convolve, convolution, plain, shapes
     shapes = ((32, 32, 32, 144), (3, 3, 1, 144))
     depthwise = partial(convolve, feature_group_count=144)
     yield "depthwise 3x3 convolution", depthwise, depthwise_taps, plain, shapes
