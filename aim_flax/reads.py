@@ -16,7 +16,7 @@ from flax.core import Scope
 from flax.errors import ScopeParamShapeError
 
 from aim_flax.errors import UsageError
-from aim_flax.layers.of_two import halves, twin
+from aim_flax.layers.of_two import SCOPE, halves, twin
 from aim_flax.memory import computed_dtype, fit, resize
 
 READ_MODES = ("concat", "add", "scale", "attend")
@@ -158,15 +158,19 @@ def read(
     check_input(call)
     check_batch(m, x, call.path)
     if form.mode == "concat":
-        return _concat(call, _as_input(call, m, form), measure, called)
+        with jax.named_scope(SCOPE):
+            m = _as_input(call, m, form)
+        return _concat(call, m, measure, called)
     if form.mode == "attend":
         read_m = functools.partial(_attended, call, m, form)
     else:
-        m = _as_input(call, m, form)
+        with jax.named_scope(SCOPE):
+            m = _as_input(call, m, form)
         read_m = functools.partial(_added, call, m, form)
     y = call.run(*call.args, **call.kwargs)
     # Its scope is taken after the module's call, so the module's own initial values stay.
-    share = read_m(push(module, "read"))
+    with jax.named_scope(SCOPE):
+        share = read_m(push(module, "read"))
     # Of a layer that pads or strides by itself the output may be of another size.
     if not isinstance(y, jax.Array | np.ndarray) or not _fits(share, y):
         what = getattr(y, "shape", type(y).__name__)

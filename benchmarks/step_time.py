@@ -11,19 +11,20 @@ the batch is doubled, each variant by itself, until it no longer fits the accele
 """
 
 import argparse
+import re
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from aim_flax import allocator, build_model
 from aim_flax import config as configs
 from aim_flax.console import reporting_errors
+from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import UsageError
 from aim_flax.files import write_csv
 from aim_flax.train.optimizer import build_optimizer
@@ -35,9 +36,14 @@ COLUMNS += ("first_seconds",)
 
 
 class Variant:
-    """A compiled training step on random images, and its timings."""
+    """A compiled training step on random images, and its timings.
 
-    def __init__(self, name: str, config: configs.ConfigDict):
+    Attributes:
+      bytes: of each device that the program asks for.
+    """
+
+    def __init__(self, name: str, config: configs.ConfigDict, count: int = 1):
+        """Compiles a step for the first `count` devices, which share the batch as in training."""
         if config.model.num_classes is None:
             raise UsageError(
                 f"{config.name} leaves the number of classes to its images, and here are none:"
@@ -45,8 +51,11 @@ class Variant:
             )
         self.name, self.config = name, config
         self.batch_size = config.train.batch_size
+        if self.batch_size % count:
+            raise UsageError(f"{count} devices can't share a batch of {self.batch_size}")
         start = time.perf_counter()
-        model = build_model(config)
+        devices = Devices("shard_map", count)
+        model = build_model(config, axis_name=AXIS)
         optimizer = build_optimizer(config, optax.constant_schedule(1e-3))
         image_shape = tuple(config.data.image_shape)
         train = config.train
@@ -60,6 +69,7 @@ class Variant:
                 images,
                 labels,
                 seed=0,
+                axis_name=AXIS,
                 freeze=train.freeze,
                 remat=train.remat,
                 accumulate=train.accumulate,
@@ -68,14 +78,16 @@ class Variant:
             )
 
         # The values of the weights make no difference, and drawing them takes long to compile.
-        averaged = train.ema_decay is not None
-        shapes = jax.eval_shape(lambda: create_state(model, optimizer, 0, image_shape, averaged))
-        self.state = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e-2, leaf.dtype), shapes)
+        alone, averaged = build_model(config), train.ema_decay is not None
+        shapes = jax.eval_shape(lambda: create_state(alone, optimizer, 0, image_shape, averaged))
+        values = jax.tree.map(lambda leaf: np.full(leaf.shape, 1e-2, leaf.dtype), shapes)
+        self.state = devices.replicate(values)
         rng = np.random.default_rng(0)
         images = rng.uniform(0, 255, (self.batch_size, *image_shape)).astype(np.float32)
         labels = rng.integers(0, config.model.num_classes, self.batch_size).astype(np.int32)
-        self.batch = jax.device_put((images, labels))
-        self.step = jax.jit(step, donate_argnums=0).lower(self.state, *self.batch).compile()
+        self.batch = devices.shard((images, labels))
+        mapped = devices.map(step, donate=(0,), sharded=(1, 2))
+        self.step = mapped.lower(self.state, *self.batch).compile()
         memory = self.step.memory_analysis()
         self.bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         self.seconds: list[float] = []
@@ -107,12 +119,20 @@ class Variant:
         }
 
 
+def add_variants(parser: argparse.ArgumentParser, arms: str) -> None:
+    """Adds the options that say which networks, for `variants`; the default of --arms is given."""
+    parser.add_argument("--config", default="configs/stanford_dogs_resnet50.py")
+    parser.add_argument("--arms", default=arms)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE")
+
+
 def variants(args: argparse.Namespace) -> dict[str, configs.ConfigDict]:
     """Returns the configs of all arms with all combinations of the varied keys, by name."""
     combinations: list[list[str]] = [[]]
     for assignment in args.vary:
         key, _, values = assignment.partition("=")
-        combinations = [[*c, f"{key}={v}"] for c in combinations for v in values.split(",")]
+        combinations = [[*c, f"{key}={v}"] for c in combinations for v in split(values)]
     found = {}
     for arm in args.arms.split(","):
         for combination in combinations:
@@ -122,6 +142,11 @@ def variants(args: argparse.Namespace) -> dict[str, configs.ConfigDict]:
             name = " ".join([arm, *named])
             found[name] = configs.override(config, [*args.set, *combination])
     return found
+
+
+def split(values: str) -> list[str]:
+    """Returns values that commas part, (2,2,64) among them."""
+    return re.findall(r"(?:\([^()]*\)|[^,()])+", values)
 
 
 def largest(name: str, config: configs.ConfigDict, rounds: int) -> Variant:
@@ -146,10 +171,7 @@ def largest(name: str, config: configs.ConfigDict, rounds: int) -> Variant:
 @reporting_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", default="configs/stanford_dogs_resnet50.py")
-    parser.add_argument("--arms", default="published,control,control_stride1")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE")
+    add_variants(parser, arms="published,control,control_stride1")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--largest", action="store_true", help="the largest batch that fits")
     parser.add_argument("--csv", type=Path)

@@ -10,6 +10,9 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+# What profiles call the memory's part of a layer.
+SCOPE = "memory_read"
+
 
 class ConvOfTwo(nn.Conv):
     """`nn.Conv` of [x, m] along the channels, with the same variables."""
@@ -56,7 +59,8 @@ def halves(layer: nn.Conv | nn.Dense, x: jax.Array, m: jax.Array) -> tuple[jax.A
         params["bias"] = layer.param("bias", layer.bias_init, shape, layer.param_dtype)
     y = twin(layer, kind).apply({"params": params}, x)
     reader = twin(layer, kind, use_bias=False, **changes)
-    return y, reader.apply({"params": {"kernel": kernel[..., own:, :]}}, m)
+    with jax.named_scope(SCOPE):
+        return y, reader.apply({"params": {"kernel": kernel[..., own:, :]}}, m)
 
 
 def twin(layer: nn.Module, kind: type[nn.Module], parent: Any = None, **changes: Any) -> nn.Module:

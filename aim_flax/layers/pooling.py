@@ -29,7 +29,8 @@ def max_pool(
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     pads = tuple((int(low), int(high)) for low, high in padding)
-    return _max_pool(x, tuple(window), tuple(strides), pads)
+    with jax.named_scope("max_pool"):  # for profiles
+        return _max_pool(x, tuple(window), tuple(strides), pads)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
