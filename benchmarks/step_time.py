@@ -146,7 +146,7 @@ def variants(args: argparse.Namespace) -> dict[str, configs.ConfigDict]:
 
 def split(values: str) -> list[str]:
     """Returns values that commas part, (2,2,64) among them."""
-    return re.findall(r"(?:\([^()]*\)|[^,()])+", values)
+    return re.split(r",(?![^()]*\))", values)
 
 
 def largest(name: str, config: configs.ConfigDict, rounds: int) -> Variant:

@@ -119,7 +119,10 @@ def check(tmp_path, monkeypatch, capsys):
         else:
             result = run([word for word in argv if word != "--describe"])
             script = f"{argv[1]}.py" if program == "aim-flax" else argv[0]
-            if script in ("eval.py", "predict.py", "export.py"):
+            if script == "ablate.py" and "--arms" not in argv:  # Of a study that is there.
+                assert result == f"{workdir}/study.json"
+                assert any(run.startswith(f"{workdir}/") for run in made)
+            elif script in ("eval.py", "predict.py", "export.py"):
                 assert result == workdir
                 assert workdir in made
                 made.update(place for flag, place in pairwise(argv) if flag == "--to")
@@ -154,6 +157,7 @@ ABLATE = "python ablate.py --config configs/digits_mlp.py --arms control,aim --w
         f"{ABLATE} --reference aim_state",
         f"{ABLATE} --arm slow=aim:memory.shap=(8,)",
         "python eval.py --workdir runs/x/aim/0",  # which nobody makes
+        "python ablate.py --power --workdir runs/x",  # nor this
         "aim-flax predict --workdir runs/x/aim/0 DIR",
         "aim-flax export --worksdir runs/x/aim/0",
         "aim-flax trian --config digits_mlp",
