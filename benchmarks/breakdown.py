@@ -87,7 +87,7 @@ def part(program: Program, op_name: str) -> Part:
 def times(variant: Variant, steps: int) -> Parts:
     """Returns the milliseconds of a step, of all threads together, by part.
 
-    An operation counts with the median of its times, for other work may hold some of them up.
+    Of the steps the least time of each operation counts, for other work holds some of them up.
     """
     program = Program(variant.step.as_text())
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +96,7 @@ def times(variant: Variant, steps: int) -> Parts:
                 variant.measure()
         (path,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(path))
-    taken: dict[str, list[float]] = {}
+    taken: dict[str, list[tuple[float, float]]] = {}
     for plane in data.planes:
         for line in plane.lines:
             events = []
@@ -104,33 +104,45 @@ def times(variant: Variant, steps: int) -> Parts:
                 name = dict(event.stats).get("hlo_op")
                 if name in program.instructions:
                     events.append((event.start_ns, event.duration_ns, name))
-            for name, nanoseconds in own(events):
-                taken.setdefault(name, []).append(nanoseconds)
+            for name, start, nanoseconds in own(events):
+                taken.setdefault(name, []).append((start, nanoseconds))
     if not taken:
         raise UsageError(f"the profile has no operations of {jax.default_backend()}")
     parts: dict[Part, float] = collections.Counter()
-    for name, all_ in taken.items():
-        # On several threads an operation comes several times in a step.
-        of_step = statistics.median(all_) * len(all_) / steps / 1e6
-        parts[part(program, program.op_name(name))] += of_step
+    for name, found in taken.items():
+        parts[part(program, program.op_name(name))] += least(found, steps) / 1e6
     return parts
 
 
-def own(events: Sequence[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:
-    """Yields the name and the time of each event of a thread, less that of events within it.
+def own(events: Sequence[tuple[float, float, str]]) -> Iterator[tuple[str, float, float]]:
+    """Yields the name, start and time of each event of a thread, less that of events within it.
 
     Args:
       events: (start, duration, name), such as a loop and, within it, its operations.
     """
-    open_: list[list[Any]] = []  # end, name, own time
+    open_: list[list[Any]] = []  # end, name, start, own time
     for start, duration, name in sorted(events, key=lambda e: (e[0], -e[1])):
         while open_ and open_[-1][0] <= start:
             yield tuple(open_.pop()[1:])
         if open_:
-            open_[-1][2] -= duration
-        open_.append([start + duration, name, duration])
+            open_[-1][3] -= duration
+        open_.append([start + duration, name, start, duration])
     for _, *event in open_:
         yield tuple(event)
+
+
+def least(found: Sequence[tuple[float, float]], steps: int) -> float:
+    """Returns the least time that an operation takes in a step.
+
+    Args:
+      found: (start, time) of all steps; where several threads share an operation, or a loop repeats
+        it, there are several of each step.
+    """
+    of_step, rest = divmod(len(found), steps)
+    times = [time for _, time in sorted(found)]
+    if rest:  # not the same in each step
+        return sum(times) / steps
+    return min(sum(times[i : i + of_step]) for i in range(0, len(times), of_step))
 
 
 def gigabytes(program: Program) -> Parts:

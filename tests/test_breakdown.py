@@ -137,9 +137,17 @@ def test_names_say_what_an_operation_is(breakdown, program, op_name, expected):
 
 def test_time_within_an_event_counts_once(breakdown):
     events = [(0, 100, "loop"), (10, 30, "a"), (15, 5, "b"), (40, 60, "a"), (100, 7, "c")]
-    assert sorted(breakdown.own(reversed(events))) == [
-        ("a", 25), ("a", 60), ("b", 5), ("c", 7), ("loop", 10),
+    assert sorted(breakdown.own(events[::-1])) == [
+        ("a", 10, 25), ("a", 40, 60), ("b", 15, 5), ("c", 100, 7), ("loop", 0, 10),
     ]  # fmt: skip
+
+
+def test_the_step_counts_in_which_an_operation_took_the_least_time(breakdown):
+    """Two threads share it; the second step was held up, and the third began before the first."""
+    found = [(10, 4), (11, 5), (20, 400), (21, 3), (1, 4), (2, 4)]
+    assert breakdown.least(found, 3) == 8
+    assert breakdown.least(found, 6) == 3
+    assert breakdown.least(found, 4) == 105
 
 
 def test_tables_sum_what_the_cut_makes_one(breakdown):
