@@ -31,7 +31,7 @@ COMMANDS += COMMAND.findall(CONTAINER["args"][0])
 
 
 def test_there_is_one_for_each_place():
-    assert len(COMMANDS) == 12
+    assert len(COMMANDS) == 13
     assert sum("--distributed" in flags for flags in COMMANDS) == 4
 
 

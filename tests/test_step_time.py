@@ -18,6 +18,7 @@ def step_time(monkeypatch):
     return step_time
 
 
+@pytest.mark.slow
 def test_the_options_of_training_are_those_of_the_step(step_time):
     of_both = ("train.batch_size=4", "train.ema_decay=0.9")
     plain, recomputed = (
