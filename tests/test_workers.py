@@ -15,7 +15,7 @@ from aim_flax.study import workers
 from aim_flax.study.plan import plan
 from aim_flax.study.work import Work
 from aim_flax.train.experiment import Experiment
-from tests.asserts import fails
+from tests.asserts import fails, refused
 from tests.photos import write_folder
 from tests.processes import children, finish, lines_until, start
 from tests.runs import DIGITS, ROOT, SMALL, assert_same_end, digits, flags, read_csv, read_json
@@ -99,12 +99,28 @@ def test_a_step_holds_at_least_its_activations_twice(photos):
 
 
 def test_workers_are_a_number(capsys):
-    argv = ("--config", DIGITS, "--arms", "aim", "--workers")
-    assert "expected a number of at least 1, or auto" in fails(
-        capsys, ablate_command.main, *argv, "0"
-    )
-    with pytest.raises(ValueError, match="^workers: 0, expected at least 1, or auto$"):
-        studies.run(plan(DIGITS, ["aim"], "1"), "nowhere", workers=0)
+    argv = ("--config", DIGITS, "--arms", "aim", "--workers", "0")
+    assert "expected a number of at least 1, or auto" in fails(capsys, ablate_command.main, *argv)
+
+
+def test_what_workers_cannot_be_is_told(tmp_path, monkeypatch):
+    def run(count: int, devices: int | None = None) -> None:
+        studies.run(plan(DIGITS, ["aim"], "1"), tmp_path / "s", device_count=devices, workers=count)
+
+    with refused("^workers: 0, expected at least 1, or auto$"):
+        run(0)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    with refused("^workers: 2, each of one device, but there are 8: --devices 1 takes one$"):
+        run(2)
+    with refused("^workers: 2, each of one device, but there are 4: --devices 1 takes one$"):
+        run(2, 4)
+    with monkeypatch.context() as patch, refused("no cores of their own$"):
+        patch.setattr(workers, "_HAS_CORES", False)
+        run(2, 1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with refused("^workers: 2, but they are for CPUs, and this is a gpu: start the same command"):
+        run(2, 1)
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.slow

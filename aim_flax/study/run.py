@@ -27,7 +27,7 @@ from aim_flax.study.record import SECONDS_TO_WAIT, add, merge, read_study
 from aim_flax.study.results import STUDY, read_run, without_result
 from aim_flax.study.table import arm_table
 from aim_flax.study.work import GROUPS, Work, do, folder_of, pending
-from aim_flax.study.workers import how_many, train
+from aim_flax.study.workers import check_workers, how_many, train
 from aim_flax.train import dataset_record, signals
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.loop import check_dataset
@@ -83,8 +83,8 @@ def run(
     """
     if seeds_per_program is not None and seeds_per_program < 1:
         raise UsageError(f"seeds per program: {seeds_per_program}, expected at least 1, or auto")
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers: {workers}, expected at least 1, or auto")
+    if workers is not None:
+        check_workers(workers, device_count)
     workdir = Path(workdir) if workdir is not None else default_workdir(planned)
     whole = merge(workdir, planned)  # raises before anything is written
     options = (device_count, seeds_per_program, other_images)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from aim_flax.console import Reporter
 from aim_flax.data.in_memory import InMemory
-from aim_flax.errors import InterruptionError, StorageError
+from aim_flax.errors import InterruptionError, StorageError, UsageError
 from aim_flax.models.describe import intermediate_bytes
 from aim_flax.study.work import Work, fits_together
 from aim_flax.train import signals
@@ -36,6 +36,8 @@ _LEAST_IMAGES = 20_000
 # Of the machine's memory, for the arrays of all training steps.
 _SHARE_OF_MEMORY = 0.5
 _SECONDS_BETWEEN_LOOKS = 0.2
+# Where there are none, their threads would get in each other's way.
+_HAS_CORES = hasattr(os, "sched_setaffinity")
 # The first word of what a process tells: a line to print; how far it is, by what it did itself or
 # not; that its item is done, or saved because of a signal; an exception.
 SAY, AT, SKIP, DONE, SAVED, ERROR = "say", "at", "skip", "done", "saved", "error"
@@ -85,16 +87,36 @@ class Worker:
             self.process.send_signal(signal.SIGTERM)
 
 
+def check_workers(count: int, device_count: int | None) -> None:
+    """Raises UsageError where a study cannot have so many processes, each with one CPU device."""
+    if count < 1:
+        raise UsageError(f"workers: {count}, expected at least 1, or auto")
+    if count == 1:
+        return
+    if jax.default_backend() != "cpu":
+        raise UsageError(
+            f"workers: {count}, but they are for CPUs, and this is a {jax.default_backend()}: start"
+            " the same command once on each, and they share the work"
+        )
+    devices = jax.device_count() if device_count is None else device_count
+    if devices > 1:
+        raise UsageError(
+            f"workers: {count}, each of one device, but there are {devices}: --devices 1 takes one"
+        )
+    if not _HAS_CORES:
+        raise UsageError(f"workers: {count}, but this system gives processes no cores of their own")
+
+
 def how_many(work: Sequence[Work], device_count: int | None) -> int:
     """Returns how many processes do the work soonest: one for each core, or 1.
 
     1 where there is another device than one CPU, little work, or work that gains nothing; and no
     more than have room in half of the machine's memory.
     """
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or device_count not in (None, 1):
+    try:
+        check_workers(2, device_count)
+    except UsageError:
         return 1
-    if not hasattr(os, "sched_setaffinity"):
-        return 1  # Their threads would get in each other's way.
     arms = {item.experiment.config.arm: item.experiment for item in work}
     if any(fits_together(experiment) for experiment in arms.values()):
         return 1
