@@ -38,6 +38,7 @@ _REFUSALS = {
     errno.EPERM: ("no permission to write", "give it"),
     errno.EIO: ("disk error", "mend the disk"),
     errno.ENOENT: ("folder gone", "put it back"),
+    errno.ETIMEDOUT: ("disk too slow, or this process was stopped meanwhile", "see to that"),
 }
 # Of those, what another place would not be asked for.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -124,6 +125,8 @@ def refused(error: BaseException) -> tuple[str, str] | None:
     if isinstance(error, StorageError) and error.__cause__ is not None:
         error = error.__cause__
     number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, TimeoutError):
+        number = errno.ETIMEDOUT  # Orbax's own has no number.
     if found := re.search(r"os_error_code='(\d+)'", str(error)):
         number = int(found[1])
     return _REFUSALS.get(number)

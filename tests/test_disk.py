@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import orbax.checkpoint as ocp
 import pytest
 
 from aim_flax.cli import ablate as ablate_command
@@ -112,6 +113,32 @@ def test_checkpoints_that_fail_are_tried_again_while_training_goes_on(
     assert leftovers(run) == []
     assert_same_end(whole, run)
     assert list(scalars(run, "val/accuracy")) == [19, 38, 57, 76]
+
+
+def test_a_checkpoint_that_takes_too_long_is_tried_again(
+    experiment, whole, tmp_path, capsys, monkeypatch
+):
+    """As where the process, or a laptop, was stopped while it was written."""
+    original, run = ocp.CheckpointManager.wait_until_finished, tmp_path / "run"
+    late = iter([TimeoutError("ChainedFuture completed 2/6 futures but timed out after 600.00 s")])
+
+    def wait(manager) -> None:
+        original(manager)
+        for error in late:
+            raise error
+
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", wait)
+    loop.train(experiment, run, quiet=False)
+    told = [line for line in capsys.readouterr().out.splitlines() if "checkpoint" in line]
+    assert len(told) == 1
+    assert told[0].startswith(
+        "disk too slow, or this process was stopped meanwhile: the checkpoint of step 19 could not"
+        " be written"
+    )
+    assert told[0].endswith("training goes on, and the next one is tried")
+    assert steps(run)[-1] == 76
+    assert leftovers(run) == []
+    assert_same_end(whole, run)
 
 
 def test_a_run_that_cannot_write_its_results_ends_and_goes_on_later(experiment, whole, tmp_path):
