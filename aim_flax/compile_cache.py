@@ -7,6 +7,7 @@ it can't fill the disk, mix up machines, or take a damaged program for a good on
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -22,6 +23,7 @@ from typing import Any
 import filelock
 import jax
 import jax.numpy as jnp
+from jax._src import compilation_cache
 from jax.experimental import serialize_executable
 
 _MOST_BYTES = 1 << 30
@@ -35,6 +37,9 @@ _TROUBLE = re.compile(
     r"Error (?P<what>reading|writing) persistent compilation cache entry for '(?P<program>[^']*)'"
 )
 _FEATURES = re.compile(rb"[+-][\w.-]+(?:,[+-][\w.-]+)+")
+# With AVX-512 XLA notes hints to its optimiser among the features of the CPU.
+_HINT = b"prefer-no-"
+_NOT_TO_NOTE = re.compile(rb"\+(avx512|prefer-no-)")
 
 
 def default_folder() -> Path:
@@ -50,8 +55,8 @@ def enable() -> Path | None:
       - the folder can't be written, or others than this user can write to it: what is in it is run;
       - the Python package zstandard is there. JAX would then write entries without a checksum (its
         other format, zlib, has one), and might run a damaged program;
-      - XLA for this CPU would complain about each program that it loads (github.com/jax-ml/jax
-        issue 38445), and compile it all the same.
+      - XLA would print an error for each program that it loads, see `_without_hints`, and this
+        version of JAX leaves no way to prevent it.
 
     Must be called once the processes of a run have found each other.
 
@@ -66,7 +71,7 @@ def enable() -> Path | None:
         name = jax.default_backend()
         if name == "cpu":
             features = _cpu_features()
-            if b"prefer-no-" in features:
+            if _HINT in features and not _write_without_hints():
                 return None
             # JAX's keys don't tell CPUs apart, and machines of several kinds may share a home.
             name += f"-{hashlib.sha256(features).hexdigest()[:12]}"
@@ -94,6 +99,38 @@ def _cpu_features() -> bytes:
     number = jax.ShapeDtypeStruct((), jnp.float32)
     compiled = jax.jit(lambda x: x + x).lower(number).compile()
     return b" ".join(_FEATURES.findall(serialize_executable.serialize(compiled)[0]))
+
+
+def _without_hints(program: bytes) -> bytes:
+    """Returns a program as XLA writes it, without a note of which it would complain.
+
+    XLA notes for which features of the CPU a program was compiled. Where AVX-512 is among them it
+    adds hints to its optimiser, now and when it loads the program, and finds them in no CPU: two
+    lines of an error for each program, which it takes all the same (github.com/openxla/xla issue
+    44565). The folder's name sees to it that a program is loaded on a CPU with the same features.
+    """
+
+    def noted(features: re.Match[bytes]) -> bytes:
+        text = features[0]
+        # As long as before: lengths are written around it.
+        return _NOT_TO_NOTE.sub(rb"-\1", text) if _HINT in text else text
+
+    return _FEATURES.sub(noted, program)
+
+
+def _write_without_hints() -> bool:
+    """Makes JAX save programs so; returns whether it can be made to."""
+    compress = getattr(compilation_cache, "compress_executable", None)
+    if compress is None:
+        return False
+    if not hasattr(compress, "__wrapped__"):
+
+        @functools.wraps(compress)
+        def compressed(program: bytes) -> bytes:
+            return compress(_without_hints(program))
+
+        compilation_cache.compress_executable = compressed
+    return True
 
 
 def _check_own(folder: Path) -> None:

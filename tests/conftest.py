@@ -1,8 +1,11 @@
-"""Set before JAX starts: eight virtual CPU devices, strict rules, each program compiled once."""
+"""Set before JAX starts: eight virtual CPU devices, strict rules, each program compiled once; and
+Ctrl-C, which the background jobs of a shell are told to ignore, but not the runs that tests start.
+"""
 
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,6 +23,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # With few cores, several steps with collectives in flight wait for each other without end.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

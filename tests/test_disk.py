@@ -75,25 +75,35 @@ def steps(workdir: Path) -> list[int]:
 
 
 @contextlib.contextmanager
-def full(folder: Path, after: int, before: float = math.inf) -> Iterator[None]:
+def full(after: int, before: float = math.inf) -> Iterator[None]:
     """The disk is full from after one step to before another is taken.
 
-    Args:
-      folder: of the run; what is being written in it at that moment comes to its end.
+    What is being written at these moments comes to its end first.
     """
+    saved: list[Checkpoints] = []
+    save = Checkpoints.save
+
+    def noted(checkpoints: Checkpoints, *args, **kwargs) -> None:
+        saved.append(checkpoints)
+        save(checkpoints, *args, **kwargs)
+
     with contextlib.ExitStack() as stack:
         there = contextlib.ExitStack()
         stack.enter_context(there)
 
         def hook(experiment, start, metrics):
-            if start + metrics["loss"].shape[1] == after:
-                while leftovers(folder):
+            step = start + metrics["loss"].shape[1]
+            if step in (after, before):
+                while saved and not saved[-1].is_written:
                     time.sleep(0.01)
+            if step == after:
                 there.enter_context(no_space())
-            elif start + metrics["loss"].shape[1] == before:
+            elif step == before:
                 there.close()
 
         stack.enter_context(after_calls(hook))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(Checkpoints, "save", noted)
         yield
 
 
@@ -101,7 +111,7 @@ def test_checkpoints_that_fail_are_tried_again_while_training_goes_on(
     experiment, whole, tmp_path, capsys
 ):
     run = tmp_path / "run"
-    with full(run, 38, 76):
+    with full(38, 76):
         loop.train(experiment, run, quiet=False)
     told = [line for line in capsys.readouterr().out.splitlines() if "checkpoint" in line]
     assert told == [
@@ -144,7 +154,7 @@ def test_a_checkpoint_that_takes_too_long_is_tried_again(
 def test_a_run_that_cannot_write_its_results_ends_and_goes_on_later(experiment, whole, tmp_path):
     run = tmp_path / "run"
     message = f"^{FULL} at step 76; the checkpoint of step 38 is whole; raise the limit and start"
-    with refused(message, kind=StorageError), full(run, 57):
+    with refused(message, kind=StorageError), full(57):
         loop.train(experiment, run, quiet=True)
     assert steps(run) == [19, 38]
     assert leftovers(run) == []
@@ -184,7 +194,7 @@ def test_a_signal_on_a_full_disk_says_what_is_saved(experiment, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     message = f"^{FULL} at step 38; the checkpoint of step 19 is whole"
-    with refused(message, kind=StorageError), after_calls(stop), full(run, 38):
+    with refused(message, kind=StorageError), after_calls(stop), full(38):
         loop.train(experiment, run, quiet=True)
     assert steps(run) == [19]
 
@@ -198,7 +208,7 @@ def test_a_study_stops_in_one_line_and_loses_nothing(tmp_path, monkeypatch, caps
     def ablate(folder):
         ablate_command.main([*argv, "--workdir", str(folder)])
 
-    with pytest.raises(SystemExit) as end, full(study, 57):
+    with pytest.raises(SystemExit) as end, full(57):
         ablate(study)
     assert end.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
