@@ -159,6 +159,7 @@ def run(tmp_path, arm, seed, accuracy=None):
     if accuracy is not None:
         summary = dict.fromkeys(results.COLUMNS, 0)
         summary |= {"name": "x", "arm": arm, "seed": seed, "test_accuracy": accuracy, "params": 9}
+        summary["selected_on"] = "val"
         summary.pop("status")
         write_json(workdir / "summary.json", summary)
     return workdir
@@ -277,8 +278,19 @@ def test_runs_without_a_result_are_counted_and_named(tmp_path):
         " `b` seed 0 (unfinished)."
     )
     # As CSV keeps them, where what is None is "".
-    write_csv(tmp_path / "rows.csv", results.COLUMNS, rows)
-    assert study_table.arm_table(read_csv(tmp_path / "rows.csv"), "a").splitlines() == lines
+    write_csv(file := tmp_path / "rows.csv", results.COLUMNS, rows)
+    assert study_table.arm_table(read_csv(file), "a").splitlines() == lines
+    assert results.read_runs([file]) == [row | {"workdir": str(file)} for row in rows]
+
+
+def test_committed_results_are_read_as_runs_are(capsys):
+    """So that anyone can compare them with another arm, or pieces of a study be put together."""
+    file = ROOT / "results" / "small_resnet_cifar10.csv"
+    table_command.main([str(file), "--reference", "control_params"])
+    expected = study_table.arm_table(results.read_runs([file]), "control_params")
+    assert capsys.readouterr().out == f"{expected}\n"
+    rows = sorted(read_csv(file), key=lambda row: (row["arm"], int(row["seed"])))
+    assert expected == study_table.arm_table(rows, "control_params")
 
 
 def test_what_is_no_run_is_told(tmp_path):
@@ -290,6 +302,15 @@ def test_what_is_no_run_is_told(tmp_path):
     (tmp_path / "summary.json").write_text('{"name": "x"}')
     with refused("summary.json is no run's summary: it has no arm, seed, test_accuracy"):
         results.read_runs([tmp_path])
+    file, header = tmp_path / "rows.csv", ",".join(results.COLUMNS)
+    for content, message in (
+        (b"\xff\xfe", "rows.csv is no table of runs: 'utf-8' codec can't decode"),
+        (b"a,b\n1,2\n", "rows.csv is no table of runs: it has no column name, arm, seed, test_acc"),
+        (f"{header}\nx,aim,first\n".encode(), "rows.csv is damaged: invalid literal for int"),
+    ):
+        file.write_bytes(content)
+        with refused(message):
+            results.read_runs([file])
 
 
 def test_constraints_pin_versions_only():

@@ -1,5 +1,7 @@
 """docs/scaling.md: its commands are ones that train.py takes, and its numbers those of the code."""
 
+import csv
+import importlib
 import re
 import shlex
 
@@ -70,6 +72,18 @@ def test_numbers_are_those_of_the_code():
     assert statuses == {0, 1, 2, LOST, 137, *(128 + signum for signum in ENDS)}
     (script,) = [block for block in BLOCKS["bash"] if "#SBATCH" in block]
     assert f"{LOST} | 137 | 143)" in script
+
+
+def test_the_table_of_topologies_is_that_of_its_file(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    of_topologies = importlib.import_module("topologies")
+    with (ROOT / "results" / "tpu_topologies.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    places = of_topologies.TOPOLOGIES.split(",")
+    wanted = [(arm, place) for place in places for arm in ("published", "aim", "control_stride1")]
+    assert [(row["arm"], row["topology"]) for row in rows] == wanted
+    table = of_topologies.table(rows)
+    assert f"<!-- results/tpu_topologies.csv -->\n{table}\n" in PAGE
 
 
 def test_links_and_tests_exist():

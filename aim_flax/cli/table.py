@@ -5,8 +5,9 @@ with --reference ARM also its difference from that arm, paired by seed. With --o
 accuracies that picked each run's best epoch, to choose an arm without looking at the test split;
 with --measure balanced_accuracy or macro_f1 scores in which every class counts the same. With
 --power it also prints how small a difference the runs would show, and how many seeds others need.
-With --csv FILE it also writes a row per run. A study's folder stands for the runs in it. Runs that
-diverged or are not finished are counted and named.
+With --csv FILE it also writes a row per run; such a file, or a study's results.csv, can be given in
+place of a workdir. A study's folder stands for the runs in it. Runs that diverged or are not
+finished are counted and named.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """The results of runs, read from their workdirs: a row per run."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from aim_flax.errors import UsageError
-from aim_flax.files import read_mapping
+from aim_flax.files import check_kind, read_mapping
 from aim_flax.train.workdir import divergence
 
 STUDY = "study.json"
@@ -40,14 +41,56 @@ Row = Mapping[str, Any]
 def read_runs(workdirs: Sequence[str | Path]) -> list[dict[str, Any]]:
     """Returns a row of COLUMNS per run, by name, arm and seed, and its `workdir`; see `read_run`.
 
-    A study's directory stands for the runs in it.
+    A study's directory stands for the runs in it, and a CSV file for those whose rows it has.
     """
     folders: dict[Path, None] = {}
+    rows = []
     for workdir in map(Path, workdirs):
+        if workdir.suffix == ".csv":
+            rows += read_recorded(workdir)
+            continue
         of_study = (workdir / STUDY).is_file() and sorted(workdir.glob("*/*/config.json"))
         folders.update(dict.fromkeys([file.parent for file in of_study or []] or [workdir]))
-    rows = [read_run(folder) | {"workdir": str(folder)} for folder in folders]
+    rows += [read_run(folder) | {"workdir": str(folder)} for folder in folders]
     return sorted(rows, key=lambda row: (row["name"], row["arm"], row["seed"]))
+
+
+def read_recorded(file: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a CSV file with COLUMNS, as a study's results.csv, and their `workdir`.
+
+    Raises:
+      UsageError: it is no such file.
+    """
+    check_kind(file)
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            reader = csv.DictReader(lines)
+            rows, columns = list(reader), reader.fieldnames or ()
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}") from None
+    except (UnicodeError, csv.Error) as error:
+        raise UsageError(f"{file} is no table of runs: {error}") from None
+    lacking = [c for c in COLUMNS if c not in columns and c not in (*_LATER, "status")]
+    if lacking:
+        raise UsageError(f"{file} is no table of runs: it has no column {', '.join(lacking)}")
+    try:
+        return [_recorded(row) | {"workdir": str(file)} for row in rows]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{file} is damaged: {error}") from None
+
+
+def _recorded(row: Mapping[str, str]) -> dict[str, Any]:
+    """Returns a row of text with its numbers as numbers, and None for those that it lacks."""
+    texts = ("name", "arm", "status", "selected_on")
+    kinds = {**dict.fromkeys(COLUMNS, int), **dict.fromkeys(texts, str)}
+    kinds |= {column: float for column in COLUMNS if "accuracy" in column or "f1" in column}
+    # Rows recorded before there was a status are all of finished runs.
+    row = {"status": FINISHED, **row}
+    needed = ("name", "arm", "seed")
+    return {
+        column: kind(row[column]) if row.get(column) or column in needed else None
+        for column, kind in kinds.items()
+    }
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
