@@ -1,8 +1,9 @@
 """Layers of aim_flax/layers/ against Flax's and JAX's own: python benchmarks/layers.py.
 
 Each is computed forward and backward, in float32, at sizes of ResNet50 and its memory's update
-blocks (112 px, batch 4) and of the small ResNet and its (32 px, width 8, batch 32). The two ways
-take turns within one process. Numbers are medians; ratios are those of each turn.
+blocks (112 px, batch 4), of the small ResNet and its (32 px, width 8, batch 32), and of the last
+stages of networks for images of 32 px. The two ways take turns within one process. Numbers are
+medians; ratios are those of each turn.
 """
 
 import argparse
@@ -67,6 +68,9 @@ def layers() -> Iterator[tuple[str, Callable[..., jax.Array], Any, Any, tuple]]:
     for size, inputs, features in ((16, 8, 8), (8, 16, 16), (4, 32, 32), (16, 32, 16), (8, 64, 16)):
         shapes = ((32, size, size, inputs), (3, 3, inputs, features))
         yield f"3x3 convolution to {features}", convolve, convolution, plain, shapes
+    for size, width in ((2, 64), (2, 512), (1, 512)):
+        shapes = ((32, size, size, width), (3, 3, width, width))
+        yield f"3x3 convolution to {width}", convolve, convolution, plain, shapes
     shapes = ((32, 32, 32, 3), (7, 7, 3, 8))
     yield "7x7 convolution to 8", convolve, convolution, plain, shapes
     shapes = ((32, 32, 32, 144), (3, 3, 1, 144))
@@ -76,7 +80,8 @@ def layers() -> Iterator[tuple[str, Callable[..., jax.Array], Any, Any, tuple]]:
     def pool(function: Any, x: jax.Array) -> jax.Array:
         return function(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
 
-    yield "3x3 max pooling", pool, max_pool, nn.max_pool, ((4, 112, 112, 64),)
+    for shape in ((4, 112, 112, 64), (32, 32, 32, 8)):
+        yield "3x3 max pooling", pool, max_pool, nn.max_pool, (shape,)
 
 
 def measure(layer: Callable, ways: tuple, shapes: tuple, rounds: int) -> list[list[float]]:

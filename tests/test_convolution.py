@@ -26,7 +26,28 @@ NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
     [((3, 3), "SAME"), ((5, 6), "VALID"), ((5, 3), [(2, 0), (1, 3)]), ((2, 4), [(0, 4), (3, 0)])],
 )
 def test_outputs_and_gradients_are_those_of_jax(channels, kernel, strides, padding):
-    x, weights = jnp.asarray(draw(2, 9, 8, channels[0])), jnp.asarray(draw(*kernel, *channels))
+    check((9, 8), channels, kernel, strides, padding)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("size", "kernel", "padding"),
+    [
+        ((2, 2), (3, 3), "SAME"),
+        ((1, 1), (3, 3), "SAME"),
+        ((2, 4), (3, 3), [(1, 0), (0, 2)]),
+        ((4, 4), (3, 3), "VALID"),
+        ((4, 4), (4, 4), "VALID"),
+        ((3, 4), (5, 3), [(2, 2), (1, 1)]),
+    ],
+)
+def test_kernels_larger_than_their_maps(size, kernel, strides, padding):
+    """Or than what comes of these, to which the input's gradient is owed."""
+    check(size, (8, 24), kernel, strides, padding)
+
+
+def check(size, channels, kernel, strides, padding):
+    x, weights = jnp.asarray(draw(2, *size, channels[0])), jnp.asarray(draw(*kernel, *channels))
 
     def run(convolve):
         convolve = partial(convolve, window_strides=strides, padding=padding, **NUMBERS)

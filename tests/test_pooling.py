@@ -16,9 +16,10 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     ("window", "strides"), [((3, 3), (2, 2)), ((2, 2), (2, 2)), ((2, 3), (1, 3)), ((2, 2), (3, 3))]
 )
-def test_outputs_and_gradients_are_flaxs(window, strides, padding):
+@pytest.mark.parametrize("size", [(9, 8), (1, 4)])
+def test_outputs_and_gradients_are_flaxs(window, strides, padding, size):
     # Whole numbers, so that windows have several that are the largest, and sums are exact.
-    x = jnp.round(2 * jnp.asarray(draw(2, 9, 8, 3)))
+    x = jnp.round(2 * jnp.asarray(draw(2, *size, 3)))
 
     def run(pool):
         y, pullback = jax.vjp(lambda x: pool(x, window, strides, padding), x)

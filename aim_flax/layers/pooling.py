@@ -1,18 +1,20 @@
 """Max pooling of images that is quick on XLA's CPU, with its gradient.
 
 XLA takes the largest numbers of windows one by one, and finds where each came from with index maps
-of the input's size. Here it compares the taps of the window, as whole maps. Elsewhere all is left
-to XLA.
+of the input's size. Here the taps of the window are compared as whole maps, those of a row and then
+the rows. Elsewhere all is left to XLA.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from aim_flax.layers.convolution import Pads, pad, shifted
+from aim_flax.layers.convolution import Pads
 
 
 def max_pool(
@@ -67,20 +69,46 @@ def _pool(x: jax.Array, window: tuple[int, int], strides: tuple[int, int], pads:
     return nn.max_pool(x, window, strides, pads)
 
 
-def _size(x: jax.Array, window: tuple[int, int], strides: tuple[int, int]) -> list[int]:
-    """Returns the rows and columns that a padded map is pooled to."""
-    sizes = zip(x.shape[1:3], window, strides, strict=True)
-    return [(n - k) // stride + 1 for n, k, stride in sizes]
+class _Line(NamedTuple):
+    """The part of a window that lies along one axis of maps (B, H, W, C)."""
+
+    axis: int
+    window: int
+    stride: int
+    pads: tuple[int, int]
+
+    def padded(self, x: jax.Array) -> jax.Array:
+        around = [(0, 0, 0)] * x.ndim
+        around[self.axis] = (*self.pads, 0)
+        return jax.lax.pad(x, jnp.full((), -jnp.inf, x.dtype), around)
+
+    def taps(self, x: jax.Array) -> Iterator[jax.Array]:
+        """Yields, for each place in the window, the numbers of all windows there."""
+        x = self.padded(x)
+        length = x.shape[self.axis] - self.window
+        for first in range(self.window):
+            last = first + length // self.stride * self.stride + 1
+            # Of a map smaller than the window there are none.
+            where = (0, 0) if length < 0 else (first, last)
+            yield jax.lax.slice_in_dim(x, *where, self.stride, self.axis)
+
+
+def _lines(window: tuple[int, int], strides: tuple[int, int], pads: Pads) -> tuple[_Line, _Line]:
+    """Returns a window's columns and its rows.
+
+    In this order the first of the rows that have the largest number, and in it the first column, is
+    the first in the window.
+    """
+    rows, columns = map(_Line, (1, 2), window, strides, pads)
+    return columns, rows
 
 
 def _largest(
     x: jax.Array, window: tuple[int, int], strides: tuple[int, int], pads: Pads
 ) -> jax.Array:
-    x = pad(x, pads, -jnp.inf)
-    first, *others = shifted(x, window, _size(x, window, strides), strides)
-    for other in others:
-        first = jnp.maximum(first, other)
-    return first
+    for line in _lines(window, strides, pads):
+        x = functools.reduce(jnp.maximum, line.taps(x))
+    return x
 
 
 def _to_the_largest(
@@ -92,27 +120,28 @@ def _to_the_largest(
     pads: Pads,
 ) -> jax.Array:
     """Returns the input's gradient: each window's change, where its largest number stands first."""
-    size, padded = x.shape, pad(x, pads, -jnp.inf)
-    (down, across), (rows, columns) = strides, y.shape[1:3]
-    left, parts = jnp.ones(y.shape, bool), {}
-    taps = shifted(padded, window, (rows, columns), strides)
-    for n, tap in enumerate(taps):
+    columns, rows = _lines(window, strides, pads)
+    between = functools.reduce(jnp.maximum, columns.taps(x))
+    return _along(columns, x, between, _along(rows, between, y, change))
+
+
+def _along(line: _Line, x: jax.Array, y: jax.Array, change: jax.Array) -> jax.Array:
+    """Returns the gradient of a map x of whose numbers in each window y are the largest."""
+    axis, stride, zero = line.axis, line.stride, jnp.zeros((), change.dtype)
+    size, number = x.shape[axis] + sum(line.pads), y.shape[axis]
+    reach = -(-size // stride)
+    left = jnp.ones(y.shape, bool)
+    # Positions that are as far from their stride's start are a map of their own.
+    shape = (*x.shape[:axis], reach, *x.shape[axis + 1 :])
+    maps = [jnp.zeros(shape, change.dtype)] * stride
+    for n, tap in enumerate(line.taps(x)):
         is_first = left & (tap == y)
         left &= ~is_first
-        i, j = divmod(n, window[1])
-        # Positions that are as far from their stride's start are a map of their own.
-        part = jnp.where(is_first, change, jnp.zeros((), change.dtype))
-        parts.setdefault((i % down, j % across), []).append(((i // down, j // across), part))
-    reach = [-(-n // stride) for n, stride in zip(padded.shape[1:3], strides, strict=True)]
-
-    def total(place: tuple[int, int]) -> jax.Array:
-        found = jnp.zeros((size[0], *reach, size[3]), change.dtype)
-        for (i, j), part in parts.get(place, []):
-            found += pad(part, [(i, reach[0] - i - rows), (j, reach[1] - j - columns)])
-        return found
-
-    maps = [jnp.stack([total((i, j)) for j in range(across)], axis=3) for i in range(down)]
-    whole = jnp.stack(maps, axis=2)
-    whole = whole.reshape(size[0], reach[0] * down, reach[1] * across, size[3])
-    (top, _), (before, _) = pads
-    return whole[:, top : top + size[1], before : before + size[2]]
+        around = [(0, 0, 0)] * x.ndim
+        around[axis] = (n // stride, reach - n // stride - number, 0)
+        part = jnp.where(is_first, change, zero)
+        maps[n % stride] = maps[n % stride] + jax.lax.pad(part, zero, around)
+    whole = jnp.stack(maps, axis=axis + 1)
+    whole = whole.reshape(*x.shape[:axis], reach * stride, *x.shape[axis + 1 :])
+    low = line.pads[0]
+    return jax.lax.slice_in_dim(whole, low, low + x.shape[axis], axis=axis)
