@@ -2,7 +2,8 @@
 
 `published` and `control` are the author's two runs: their stems differ in stride, so the network
 with memory works at twice the resolution of the one without, and both are selected on the test
-split. `control_stride1` is `published` without memory: it decides what the memory does. The other
+split. `control_stride1` is `published` without memory: it decides what the memory does, where both
+select on the same images (--config.data.val_fraction=0.1 --config.eval.select_on=val). The other
 arms have its resolution too, but for `aim_stride2`, which has `control`'s.
 
     python train.py --config configs/stanford_dogs_resnet50.py:control_stride1 --describe

@@ -28,6 +28,7 @@ PAGES = [
 ]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 PLACES = {"NAME": "cifar10", "FILE": "configs/digits_mlp.py", "[:ARM]": ":aim", "=5000": "=6"}
+PLACES[" results/"] = f" {ROOT}/results/"
 # What a program says that has understood its flags, but has nothing to work on.
 MISSING = re.compile(
     r"^[^:]*: (\S+?)(?:/config\.json)? not found: |needs TensorFlow|there is no file"

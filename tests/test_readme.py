@@ -88,6 +88,9 @@ def test_first_screen_says_what_the_committed_results_are():
     p = ttest_rel(found["published"], found["published_no_update"]).pvalue
     writing = points(cifar10, "published", "published_no_update")
     assert f"adds {writing} points (p = {p:.2f})" in summary
+    p = ttest_rel(found["aim"], found["aim_no_update"]).pvalue
+    writing, whole = (points(cifar10, "aim", arm) for arm in ("aim_no_update", "control_stride1"))
+    assert f"adds {writing} points (p = {p:.3f}), and the memory gains {whole} in all" in summary
     found = accuracies("pretrained_grocery")
     p = ttest_rel(found["aim"], found["control"]).pvalue
     gain = 100 * (found["aim"] - found["control"]).mean()

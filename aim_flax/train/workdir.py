@@ -29,7 +29,13 @@ CHANGES = "config_changes.json"
 # an image that can't be read is to do matters from the first one on, and each that was left out is
 # counted.
 RECORDED = ("data.on_error",)
-NOT_OF_THE_RUN = ("data.dir", "data.threads", "train.detect_anomaly", *RECORDED)
+NOT_OF_THE_RUN = (
+    "data.dir",
+    "data.threads",
+    "train.checkpoint_minutes",
+    "train.detect_anomaly",
+    *RECORDED,
+)
 EPOCHS = "train.epochs"
 PROGRESS = "progress.json"
 # What a run writes and reads again.
