@@ -54,6 +54,9 @@ class MemoryUpdate(nn.Module):
     RNN Encoder-Decoder", 2014), with gates that start almost closed as in highway networks (R. K.
     Srivastava, K. Greff, J. Schmidhuber, "Training Very Deep Networks", 2015).
 
+    Those with batch norms or convolutions can be differentiated in reverse only: by `jax.grad`, not
+    by `jax.jvp` or `jax.hessian`.
+
     Attributes:
       features: widths of the convolutions or Dense layers. Published: 16, 16, 32.
       kernel_size: of the convolutions.

@@ -34,8 +34,8 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     with something else in a memory's place.
 
     `model.init(key, images, train=False)` gives its variables and
-    `model.apply(variables, images, train=False)` logits (B, num_classes), for images
-    (B, H, W, C).
+    `model.apply(variables, images, train=False)` logits (B, num_classes), float32, for images
+    (B, H, W, C), float32 after the config's `data.scale`, `mean` and `deviation`.
 
     Args:
       config: with `model` (a `name`, of MODELS or "package.module:Class" for a Linen module from

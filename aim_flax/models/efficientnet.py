@@ -29,6 +29,8 @@ class EfficientNetLite(nn.Module):
     `expand_norm` but for the first stage, `depthwise`, `depthwise_norm`, `project`,
     `project_norm`), `head`. Stages and blocks count from 1, and every submodule returns one array.
 
+    It can be differentiated in reverse only: by `jax.grad`, not by `jax.jvp` or `jax.hessian`.
+
     Attributes:
       num_classes: width of the output.
       stage_sizes: blocks in each of the seven stages.

@@ -29,6 +29,8 @@ class ResNet(nn.Module):
     `shortcut_norm` in the first block of a stage), `head`. Stages and blocks count from 1,
     and every submodule returns one array.
 
+    It can be differentiated in reverse only: by `jax.grad`, not by `jax.jvp` or `jax.hessian`.
+
     Attributes:
       num_classes: width of the output.
       stage_sizes: blocks in each stage. ResNet50: 3, 4, 6, 3.

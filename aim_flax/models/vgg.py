@@ -28,6 +28,8 @@ class VGG(nn.Module):
     Submodules: `stage<s>_conv<i>` (and `stage<s>_norm<i>`), `stage<s>_pool`, `norm` (if any),
     `dense1`, `dense2`, ..., `head`, all counted from 1.
 
+    It can be differentiated in reverse only: by `jax.grad`, not by `jax.jvp` or `jax.hessian`.
+
     Attributes:
       num_classes: width of the output.
       stage_sizes: convolutions in each stage. VGG16: 2, 2, 3, 3, 3.

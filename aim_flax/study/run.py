@@ -78,7 +78,7 @@ def run(
       UsageError: before anything is written: the study can't be run, or the workdir holds
         something else.
       DataError: an image can't be read; the state is saved.
-      InterruptionError: SIGTERM or Ctrl-C; the state is saved.
+      InterruptionError: SIGTERM, SIGHUP or Ctrl-C; the state is saved.
       StorageError: something can't be written, or a run's workdir or the study's is gone.
     """
     if seeds_per_program is not None and seeds_per_program < 1:

@@ -74,7 +74,8 @@ def run(
         else, or another process is at work in it (BusyError).
       DivergenceError: the loss became NaN or infinite; the best network before it is saved.
       DataError: an image can't be read; the state is saved.
-      InterruptionError: SIGTERM or Ctrl-C; the state is saved.
+      NotFiniteError: the loss on the test split is not finite.
+      InterruptionError: SIGTERM, SIGHUP or Ctrl-C; the state is saved.
       StorageError: the results, or the state when the run is to end, can't be written; or the
         workdir is gone.
     """

@@ -58,7 +58,7 @@ def train_together(
     Raises:
       UsageError: `check_together`'s, or a workdir holds something else, or another process is at
         work in one (BusyError).
-      InterruptionError: SIGTERM or Ctrl-C; the state is saved.
+      InterruptionError: SIGTERM, SIGHUP or Ctrl-C; the state is saved.
       StorageError: as `run` does.
     """
     check_together(experiment)

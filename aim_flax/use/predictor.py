@@ -72,6 +72,8 @@ class Predictor:
       step: the number of training steps after which the network was saved.
       config: the run's.
       model, variables: the network.
+      shape: of the images that it takes, (H, W, channels).
+      preprocessing: what is done to pixels first.
     """
 
     def __init__(
