@@ -1,0 +1,118 @@
+"""docs/predictions.md: the rules, as code, and the results that the page shows."""
+
+import re
+import runpy
+
+import numpy as np
+import pytest
+
+from aim_flax.files import write_csv
+from aim_flax.study.results import COLUMNS
+from tests.runs import ROOT
+
+PAGE = (ROOT / "docs" / "predictions.md").read_text()
+SCRIPT = runpy.run_path(str(ROOT / "docs" / "predictions.py"))
+# Gains in points that hold all of them, of five seeds around 40 %.
+GAINS = {
+    "published": 6.0,
+    "published_no_update": 6.0,
+    "position_bias": 6.0,
+    "coords": 3.0,
+    "squeeze_excite": 2.0,
+    "roll_no_update": 0.5,
+    "roll_published": 1.0,
+    "roll_squeeze_excite": 2.0,
+    "noflip_no_update": 8.0,
+}
+CONTROLS = {"control_stride1": 40.0, "roll_control": 20.0, "noflip_control": 35.0}
+
+
+def write(file, gains, spread=0.1):
+    """Writes the results of a study with these gains."""
+    noise = spread * np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
+    rows = []
+    for arm in (*CONTROLS, *gains):
+        start = next((name for name in ("roll_", "noflip_") if arm.startswith(name)), "")
+        control = CONTROLS[f"{start}control" if start else "control_stride1"]
+        for seed in range(5):
+            points = control + seed  # which seeds share
+            points += gains[arm] + noise[seed] if arm in gains else 0
+            row = {"name": "x", "arm": arm, "seed": 400 + seed, "test_accuracy": points / 100}
+            rows.append(dict.fromkeys(COLUMNS) | row | {"status": "finished", "params": 9})
+    write_csv(file, COLUMNS, rows)
+    return file
+
+
+def outcomes(tmp_path, changed=(), spread=0.1, long=3.0):
+    short = write(tmp_path / "short.csv", GAINS | dict(changed), spread)
+    after = write(tmp_path / "long.csv", {"published_no_update": long}, spread)
+    return [result for _, result in SCRIPT["rows"](short, after)]
+
+
+def test_all_can_hold(tmp_path):
+    assert outcomes(tmp_path) == ["holds"] * 7
+    measured = [text for text, _ in SCRIPT["rows"](tmp_path / "short.csv", tmp_path / "long.csv")]
+    # The interval of five numbers with a standard deviation of 0.079 points.
+    assert measured[3] == (
+        "`published_no_update` +6.00 (+5.90 to +6.10), 5 seeds; `coords` +3.00 (+2.90 to +3.10),"
+        " 5 seeds"
+    )
+    assert measured[6].startswith("10 epochs of 5,000: +6.00 (")
+
+
+@pytest.mark.parametrize(
+    ("number", "changed"),
+    [
+        (1, {"roll_no_update": 1.7}),
+        (2, {"roll_published": 3.2}),
+        (3, {"position_bias": 2.9}),
+        (4, {"coords": 6.1}),
+        (4, {"coords": -1.0}),
+        (5, {"roll_squeeze_excite": 0.4}),
+        (6, {"noflip_no_update": 5.0}),
+    ],
+)
+def test_each_can_fail_alone(tmp_path, number, changed):
+    expected = ["holds"] * 7
+    expected[number - 1] = "fails"
+    assert outcomes(tmp_path, changed) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "changed"),
+    [
+        (1, {"roll_no_update": 1.5}),
+        (2, {"roll_published": 3.0}),
+        (3, {"position_bias": 4.0}),
+        (4, {"coords": 0.0}),
+        (5, {"roll_squeeze_excite": 0.8}),
+        (5, {"squeeze_excite": 0.05}),
+        (6, {"noflip_no_update": 6.05}),
+    ],
+)
+def test_each_can_be_undecided_alone(tmp_path, number, changed):
+    expected = ["holds"] * 7
+    expected[number - 1] = "undecided"
+    assert outcomes(tmp_path, changed) == expected
+
+
+def test_the_last_is_decided_by_longer_training(tmp_path):
+    assert outcomes(tmp_path, long=7.0)[6] == "fails"
+    assert outcomes(tmp_path, long=6.02)[6] == "undecided"
+
+
+def test_wide_intervals_decide_nothing_that_they_contain(tmp_path):
+    # 2 points either way: only means count in the third.
+    assert outcomes(tmp_path, {"roll_no_update": 0.5}, spread=2.0)[0] == "undecided"
+
+
+def test_page_shows_what_was_measured():
+    found = re.findall(r"^\| \d \|.*\|([^|]*)\|([^|]*)\|$", PAGE, re.MULTILINE)
+    assert len(found) == 7
+    shown = [(measured.strip(), result.strip()) for measured, result in found]
+    assert shown == SCRIPT["rows"](*SCRIPT["FILES"])
+
+
+def test_nothing_is_measured_without_results(tmp_path, capsys):
+    SCRIPT["main"](tmp_path / "none.csv", tmp_path / "none.csv")
+    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 8))
