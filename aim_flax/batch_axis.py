@@ -94,7 +94,7 @@ def _problem(
     for i, leaf in enumerate(leaves):
         if _is_array(leaf) and len(leaf.shape) > axis and leaf.shape[axis] > 0:
             groups.setdefault(leaf.shape[: axis + 1], []).append(i)
-    failure = None
+    failure = problem = None
 
     def trace(grown: list[int], size: int) -> Finds | None:
         nonlocal failure
@@ -124,14 +124,17 @@ def _problem(
             if off is None:
                 return None
             what, path, seen = off
-            return (
+            problem = problem or (
                 f"{what} matches {path!r}, which has an array {seen} for a {AXES[axis]} of {size}:"
                 f" its {('first', 'second')[axis]} axis is not the {AXES[axis]}, so examples would"
                 " find each other's memory; read and update where it is, or read before the first"
                 " update"
             )
-    if failure is None:
-        return None
+            if axis == 0:
+                return problem
+            break  # The sequence may be that of another input, as of a decoder's.
+    if problem is not None or failure is None:
+        return problem
     reason = str(failure).strip().partition("\n")[0]
     return (
         f"{type(backbone).__name__} cannot be traced at another {AXES[axis]} size"

@@ -202,6 +202,7 @@ class AiM(nn.Module):
         if method == "__call__" or self.is_initializing():
             latch.check_patterns()
         latch.check_axes(net, method, args, kwargs)
+        latch.make_caches()
         latch.carry_on()
         return outputs
 
@@ -218,13 +219,15 @@ class AiM(nn.Module):
         def see(place: Place) -> None:
             found.setdefault(place[:3], place)
 
-        def watched(aim: Any) -> Any:
-            if not isinstance(aim, AiM):
-                return aim
-            return aim.clone(backbone=watched(aim.backbone), watch=see)
-
-        trace_init(watched(self), args, kwargs)
+        trace_init(self.watched(see), args, kwargs)
         return list(found.values())
+
+    @nn.nowrap
+    def watched(self, see: Callable[[Place], None]) -> "AiM":
+        """Returns it with `watch` in its place, in itself and in those directly inside of it."""
+        inner = self.backbone
+        inner = inner.watched(see) if isinstance(inner, AiM) else inner
+        return self.clone(backbone=inner, watch=see)
 
     @property
     def chain(self) -> "tuple[AiM, ...]":
@@ -333,6 +336,7 @@ class _Latch:
         self.frames: list[_Frame] = []
         self.pushed: set[tuple[str, str]] = set()
         self.updates: dict[str, MemoryUpdate] = {}
+        self.updated_from: dict[str, jax.Array] = {}
         self.weights = self._memory(aim.called)
         self.current = self.weights
         self.form = Form(aim.read_mode, aim.zero_init, aim.fit, self.weights.ndim - 2)
@@ -529,6 +533,7 @@ class _Latch:
         if self.aim.watch is not None:
             self.aim.watch(Place("update", path, self.aim.called, y.shape))
         before, update = self.current, self.updates[path]
+        self.updated_from[path] = y
         try:
             self.current = update(
                 y, before, self.train, self.mask, self._decodes(), fitted=self.aim.fit
@@ -585,6 +590,14 @@ class _Latch:
         places = (self.read, self.read_initial, self.selectors)
         for axis in (0, 1) if self.aim.update.pool == "causal" else (0,):
             batch_axis.check(net, method, args, kwargs, *places, axis)
+
+    def make_caches(self) -> None:
+        """At initialisation of a network that decodes step by step, makes what updates keep of the
+        steps before, so that the cache has its structure from the start."""
+        is_causal = self.aim.update.pool == "causal"
+        if is_causal and self.aim.is_initializing() and self.scope.variables().get("cache"):
+            for path, update in self.updates.items():
+                update.make_cache(self.updated_from[path])
 
     def carry_on(self) -> None:
         """Keeps what was written for the next batch, when the carry is `state`."""

@@ -52,6 +52,13 @@ def resolve(
         other; a mode that is not known at tracing.
     """
     backbone, method = _entry(backbone, method)
+    if not any(method in vars(base) for base in type(backbone).__mro__):
+        own = [name for name, value in vars(type(backbone)).items() if callable(value)]
+        own = [name for name in own if not name.startswith("_") and name != "setup"]
+        raise UsageError(
+            f"{type(backbone).__name__} has no {method}: say what is called, with method=NAME; it"
+            f" has {', '.join(own) or 'none'}"
+        )
     called = inspect.signature(getattr(type(backbone), method))
     what = f"{type(backbone).__name__}.{method}"
     kinds = {p.kind for p in called.parameters.values()}
@@ -109,7 +116,8 @@ def _mode_argument(
     if not found and hides and not isinstance(entry, nn.Sequential):
         raise UsageError(
             f"{what} takes **kwargs, behind which its mode argument may be: name it"
-            f" with AiM(..., mode='train'), or say that there is none with mode={NO_MODE!r}"
+            f" with AiM(..., mode='train'), or say that there is none with mode={NO_MODE!r}; a"
+            " config's network must have it among its arguments"
         )
     return found[0] if found else None
 

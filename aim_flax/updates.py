@@ -297,6 +297,13 @@ class MemoryUpdate(nn.Module):
         """Returns the mean over all positions, (B, C), or with `causal` over those up to t."""
         return self._pool_causally(x, mask, decode) if self.pool == "causal" else pool_mean(x, mask)
 
+    @nn.nowrap
+    def make_cache(self, x: jax.Array) -> None:
+        """Makes, as zeros, what a bound block with `causal` keeps in "cache" of an x (B, T, C)."""
+        x, counted = masked(x, None)
+        for name, of_step in (("total", x[:, 0]), ("count", counted[:, 0])):
+            self.scope.variable("cache", name, jnp.zeros_like, of_step)
+
     def _pool_causally(self, x: jax.Array, mask: jax.Array | None, decode: bool) -> jax.Array:
         """Returns at each position t the mean of x (B, T, C) over positions 0 to t, (B, T, C)."""
         x, counted = masked(x, mask)

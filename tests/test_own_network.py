@@ -1,11 +1,13 @@
 """A network from elsewhere, by its name in a config: trained, evaluated, described, ablated."""
 
+import json
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from aim_flax import build_model
 from aim_flax import config as configs
@@ -22,6 +24,7 @@ from tests.runs import digits, read_json, write_own_network
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
 NETWORK = """
+import jax.numpy as jnp
 from flax import linen as nn
 
 
@@ -45,6 +48,62 @@ class Hidden(nn.Module):
     @nn.compact
     def __call__(self, images, **options):
         return nn.Dense(self.num_classes)(images.reshape(len(images), -1))
+
+
+class Returns(nn.Module):
+    num_classes: int
+    what: str
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Dense(self.num_classes, name="last")(images.reshape(len(images), -1))
+        return {
+            "pair": (x, x),
+            "dict": {"logits": x, "features": x},
+            "tokens": x[:, None],
+            "fewer": x[:, 1:],
+            "whole numbers": x.argmax(-1, keepdims=True) + jnp.zeros((1, 10), int),
+        }[self.what]
+
+
+# Takes groups of options as others do: by attribute, or unpacked.
+class Grouped(nn.Module):
+    num_classes: int
+    sizes: object
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        def layer(width, depth):
+            return width * depth
+
+        x = nn.Dense(layer(**self.sizes), name="first")(images.reshape(len(images), -1))
+        x = nn.Dense(self.sizes.width, name="second")(x)
+        return nn.Dense(self.num_classes, name="last")(x)
+
+
+class Unnumbered(nn.Module):
+    outputs: int = 10
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        return nn.Dense(self.outputs)(images.reshape(len(images), -1))
+
+
+class Scanned(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Dense(8, name="first")(images.reshape(len(images), -1))
+        scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        x, _ = scan(name="layers")(x, None)
+        return nn.Dense(self.num_classes, name="last")(x)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(8, name="dense")(nn.relu(x)), None
 
 
 not_a_module = 1
@@ -115,6 +174,49 @@ def test_controls_are_derived_from_it():
     assert_equal(count(derive(config, "control")), count(own("control", width=256)))
 
 
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("pair", "Returns returns a tuple of 2, expected logits .B, 10., one for each class, as a"),
+        ("dict", "Returns returns a dict with features, logits, expected logits"),
+        ("tokens", "Returns makes float32 .1, 1, 10. of one image, expected logits .B, 10."),
+        ("fewer", "Returns makes float32 .1, 9. of one image, expected logits .B, 10."),
+        ("whole numbers", "Returns makes int32 .1, 10. of one image, expected logits"),
+    ],
+)
+def test_what_it_returns_is_looked_at_before_training(what, message):
+    for arm in ("control", "aim"):
+        config = own(arm, "elsewhere.nets:Returns", what=what)
+        with config.unlocked():
+            if arm == "aim":
+                config.memory.update_after = ""
+        for look in (describe, lambda config: Experiment(config, 1)):
+            with refused(message):
+                look(config)
+
+
+def test_groups_of_options_are_what_networks_take_them_for():
+    config = own("control", "elsewhere.nets:Grouped", sizes={"width": 3, "depth": 2})
+    again = ConfigDict(json.loads(configs.to_json(config)))
+    for given in (config, again):
+        variables = jax.eval_shape(build_model(given).init, KEY, jnp.ones((2, 8, 8, 1)))
+        sizes = [variables["params"][name]["kernel"].shape[1] for name in ("first", "second")]
+        assert sizes == [6, 3]
+    hash(build_model(config))
+
+
+def test_a_run_whose_use_of_memory_cannot_be_measured_ends_as_others(tmp_path):
+    """All that reads lies in an nn.scan that keeps no intermediates."""
+    config = configs.override(own(name="elsewhere.nets:Scanned"), ["train.epochs=1"])
+    with config.unlocked():
+        config.memory.read, config.memory.update_after = "layers/dense", ""
+    with pytest.warns(UserWarning, match="use of memory is not measured in read layers/dense"):
+        summary = loop.run(config, tmp_path / "run", 1, quiet=True)
+    assert read_json(tmp_path / "run" / "summary.json")["test_accuracy"] == summary["test_accuracy"]
+    assert not (tmp_path / "run" / "memory_use.png").exists()
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 @pytest.mark.slow
 def test_the_network_of_the_readme_is_trained(tmp_path, monkeypatch):
     assert write_own_network(tmp_path) <= 17
@@ -152,6 +254,8 @@ def test_what_it_cannot_be_told_is_refused():
         build_model(config)
     with refused("elsewhere.nets:Own has batch statistics but no field axis_name, .* on 2 devices"):
         Experiment(own(normalised=True), 2)
+    with refused("Unnumbered has no field num_classes, by which it is told how many classes there"):
+        build_model(own("control", "elsewhere.nets:Unnumbered"))
     with refused(r"Hidden.__call__ takes \*\*kwargs, behind which its mode argument may be"):
         images = jnp.ones((2, 8, 8, 1))
         build_model(own("control", "elsewhere.nets:Hidden")).init(KEY, images, train=False)

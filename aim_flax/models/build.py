@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from aim_flax.errors import UsageError, check_choice, nearest
 from aim_flax.instead import Instead
@@ -54,12 +54,22 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     check_choice("dtype", config.dtype, DTYPES)
     common = dict(axis_name=axis_name, dtype=DTYPES[config.dtype])
     fields = _values(config.model)
-    name = fields.pop("name")
+    name = config.model.name
+    if name not in MODELS:
+        # With attributes, and with a hash, as networks that take a ConfigDict need them.
+        groups = {k: v for k, v in config.model.items() if isinstance(v, Mapping | ConfigDict)}
+        fields |= {key: FrozenConfigDict(group) for key, group in groups.items()}
+    del fields["name"]
     fields.pop("pretrained", None)
     network = network_class(name)
     known = {key: value for key, value in common.items() if key in field_names(network)}
     if "dtype" not in known and config.dtype != "float32":
         raise UsageError(f"dtype is {config.dtype}, but {name} has no field dtype to be told so")
+    if "num_classes" not in field_names(network):
+        raise UsageError(
+            f"{name} has no field num_classes, by which it is told how many classes there are: give"
+            " it one, or put it into a module that has it"
+        )
     backbone = _construct("model", network, fields, **known)
     instead = _values(config.get("instead") or {})
     if instead.get("kind") is not None:
@@ -82,6 +92,24 @@ def build_model(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     memory = _construct("memory", Memory, of_memory)
     _check_kernels(memory, update)
     return _construct("memory", AiM, fields, backbone=backbone, memory=memory, update=update)
+
+
+def check_logits(output: Any, name: str, classes: int) -> None:
+    """Raises UsageError unless what a network makes of one image is its logits, (1, classes)."""
+    expected = f"logits (B, {classes}), one for each class, as a single array of floats"
+    if not hasattr(output, "shape"):
+        what = f"a {type(output).__name__}"
+        if isinstance(output, tuple | list):
+            what += f" of {len(output)}"
+        elif isinstance(output, Mapping):
+            what += f" with {', '.join(sorted(map(str, output)))}"
+        raise UsageError(
+            f"{name} returns {what}, expected {expected}: put it into a module that returns those"
+        )
+    if output.shape != (1, classes) or not jnp.issubdtype(output.dtype, jnp.floating):
+        raise UsageError(
+            f"{name} makes {output.dtype} {output.shape} of one image, expected {expected}"
+        )
 
 
 def plain(config: ConfigDict) -> ConfigDict:
@@ -129,8 +157,12 @@ def _values(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
             value = _values(value)
-        values[key] = tuple(value) if isinstance(value, list) else value
+        values[key] = _as_tuple(value)
     return values
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 def _construct(

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from aim_flax.instead import KINDS, At, Instead
 from aim_flax.latch import AiM, Place
 from aim_flax.memory import distinct_values
-from aim_flax.models.build import build_model, plain, trained
+from aim_flax.models.build import build_model, check_logits, plain, trained
 
 
 def describe(config: ConfigDict) -> tuple[str, dict[str, Any]]:
@@ -31,10 +31,12 @@ def describe(config: ConfigDict) -> tuple[str, dict[str, Any]]:
     if isinstance(model, AiM | Instead):
         # As their `places` do it.
         seeing = model.clone(watch=lambda place: places.setdefault(_identity(place), place))
-        variables = jax.eval_shape(seeing.init, key, image)
+        output, variables = jax.eval_shape(seeing.init_with_output, key, image)
         backbone = jax.eval_shape(build_model(plain(config)).init, key, image)
     else:
-        variables = backbone = jax.eval_shape(model.init, key, image)
+        output, variables = jax.eval_shape(model.init_with_output, key, image)
+        backbone = variables
+    check_logits(output, config.model.name, config.model.num_classes)
 
     rows = _table(variables, backbone)
     width = max(len(name) for name, *_ in rows)

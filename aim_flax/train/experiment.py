@@ -22,7 +22,14 @@ from aim_flax.devices import AXIS, Devices
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
 from aim_flax.evaluate.memory_use import memory_use
-from aim_flax.models.build import build_model, field_names, network_class, plain, trained
+from aim_flax.models.build import (
+    build_model,
+    check_logits,
+    field_names,
+    network_class,
+    plain,
+    trained,
+)
 from aim_flax.models.pretrained import Pretrained, read_pretrained, start_from
 from aim_flax.options import check_values
 from aim_flax.sources import check_network
@@ -344,6 +351,9 @@ def _create(config: ConfigDict, model: nn.Module) -> jax.stages.Wrapped:
         create_state,
         model,
         image_shape=tuple(config.data.image_shape),
+        check=functools.partial(
+            check_logits, name=config.model.name, classes=config.model.num_classes
+        ),
         **_state_options(config),
     )
     # It runs once, and on CPU optimising its many random draws takes longer than it saves.

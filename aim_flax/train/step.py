@@ -6,7 +6,7 @@ run's seed and the step's number, so a run can continue from its state alone. Wi
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,9 +106,16 @@ def create_state(
     seed: jax.Array | int,
     image_shape: tuple[int, ...],
     averaged: bool = False,
+    check: Callable[[Any], None] = lambda output: None,
 ) -> TrainState:
-    """Returns the state at step 0 for images (B, *image_shape), with a moving average if asked."""
-    variables = model.init(init_key(seed), jnp.zeros((1, *image_shape)), train=False)
+    """Returns the state at step 0 for images (B, *image_shape), with a moving average if asked.
+
+    Args:
+      check: is given what the network makes of one image.
+    """
+    image = jnp.zeros((1, *image_shape))
+    output, variables = model.init_with_output(init_key(seed), image, train=False)
+    check(output)
     return state_from(variables, optimizer, averaged)
 
 

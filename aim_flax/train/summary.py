@@ -83,7 +83,8 @@ def write_results(
         cuts = plateau_cuts(accuracies, schedule.plateau_patience, schedule.plateau_min_delta)
     best_step = summary["best_step"]
     plots.plot_history(workdir / "history.png", history, title, cuts, best_step)
-    if config.memory is not None:
+    # Where nn.scan keeps no intermediates, no use was measured: see `memory_use`.
+    if any(row["memory_use"] for row in history):
         plots.plot_memory_use(workdir / "memory_use.png", history, title)
     context = {"split": "test", "checkpoint": "best", "step": best_step}
     context |= {"memory": "keep", "at": ".*", "other_images": None}

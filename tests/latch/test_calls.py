@@ -143,6 +143,27 @@ def test_modes_that_are_not_clear_are_refused(name):
         latched(net, **options).init(KEY, X, **kwargs)
 
 
+class Forward(nn.Module):
+    """Without a `__call__`."""
+
+    def setup(self):
+        self.dense = nn.Dense(3)
+
+    def forward(self, x):
+        return self.dense(x)
+
+
+def test_a_network_without_a_call_says_what_can_be_called():
+    aim = latched(Forward(), read="dense", update_after=())
+    for call in (aim.init, lambda key, x: aim.places(x)):
+        with refused(
+            "Forward has no __call__: say what is called, with method=NAME; it has forward"
+        ):
+            call(KEY, X)
+    variables = aim.init(KEY, X, method="forward")
+    assert aim.apply(variables, X, method="forward").shape == (len(X), 3)
+
+
 def test_a_traced_mode_is_refused():
     aim = latched(Train())
     variables = random_variables(aim, X)

@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from aim_flax import AiM, Memory, MemoryUpdate
+from aim_flax.evaluate.memory_use import memory_use
 from tests.arrays import KEY, draw, random_variables
 from tests.asserts import assert_close, assert_equal
 from tests.networks import D, probed, weights_of, written
@@ -211,6 +212,41 @@ def test_recorded_norms_are_those_of_the_memorys_share_and_the_rest(mode):
     (use,) = found["intermediates"]["conv1"]["memory_update_use"]
     np.testing.assert_allclose(use["own"], mean_norm(m), rtol=1e-4)
     np.testing.assert_allclose(use["share"], mean_norm(new - m), rtol=1e-4)
+
+
+class Scanned(nn.Module):
+    """Two layers in a loop, of which nothing is taken out but parameters, and one behind it."""
+
+    taken_out: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + nn.Dense(4, name="dense")(x), None
+
+        axes = dict.fromkeys(("params", *self.taken_out), 0)
+        loop = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=2)
+        x, _ = loop(name="loop")(x, None)
+        return nn.Dense(2, name="last")(x)
+
+
+def test_uses_that_a_scan_does_not_take_out_are_told():
+    x = draw(3, 4)
+    given = dict(memory=Memory((D,), "direct"), read="loop/dense|last", read_mode="add")
+    inner = AiM(Scanned(), **given)
+    variables = random_variables(inner, x)
+    with pytest.warns(UserWarning, match="use of memory is not measured in read loop/dense: with"):
+        assert list(memory_use(inner, variables, x)) == ["read last"]
+    # Of memories within each other, too.
+    outer = AiM(inner, Memory((D,), "direct"), "last", read_mode="add", called="notes")
+    with pytest.warns(UserWarning, match="not measured in read loop/dense: "):
+        memory_use(outer, random_variables(outer, x), x)
+    assert list(memory_use(AiM(Scanned(("intermediates",)), **given), variables, x)) == [
+        "read loop/dense",
+        "read last",
+    ]
 
 
 def test_nothing_is_recorded_unless_asked():

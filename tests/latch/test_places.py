@@ -84,6 +84,25 @@ def test_an_update_takes_the_part_of_an_output_that_it_is_told(selector, factor)
     head = params["head"]
     expected = h @ head["kernel"] + head["bias"] + m @ head["memory_read"]["kernel"]
     assert_close(aim.apply(variables, X), expected)
+    # In pairs, as a config needs it for patterns with a dot.
+    pairs = latched(Tuples(), "head", (("bl.ck", selector), "nothing|block/dense"))
+    with_both = random_variables(pairs, X)
+    assert set(pairs.places(X)) > set(aim.places(X))
+    assert "memory_update" in with_both["params"]["block"]
+
+
+def test_an_update_may_take_all_of_an_output():
+    both = [latched(Mixed(), "head", given) for given in ("block_norm", {"block_norm": None})]
+    variables = random_variables(both[0], X)
+    assert_equal(*(aim.apply(variables, X) for aim in both))
+
+
+@pytest.mark.parametrize("selector", [1.5, slice(0, 2), (0, None)])
+def test_what_is_no_part_is_refused(selector):
+    with refused(
+        "update_after takes .* of the output of 'block', expected an index or a name, sev"
+    ):
+        latched(Tuples(), "head", {"block": selector}).init(KEY, X)
 
 
 @pytest.mark.parametrize(

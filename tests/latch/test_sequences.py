@@ -168,6 +168,51 @@ def test_decoding_step_by_step_is_the_full_pass():
     assert_close(jnp.concatenate(found, axis=1), expected)
 
 
+@pytest.mark.slow
+def test_decoding_in_a_compiled_loop_begins_with_the_cache_of_init():
+    """Whose structure is that of every later step, as `jax.lax.scan` needs it."""
+    tokens = words(B, T)
+    aim, stepwise = latched(), latched(decode=True)
+    variables = random_variables(aim, tokens)
+
+    def step(cache, token):
+        logits, state = stepwise.apply(
+            {**variables, "cache": cache}, token[:, None], mutable=["cache"]
+        )
+        return state["cache"], logits[:, 0]
+
+    cache = stepwise.init(KEY, tokens)["cache"]
+    assert cache["block0"]["memory_update"]["total"].shape == (B, 8)
+    _, found = jax.lax.scan(step, cache, tokens.T)
+    assert_close(jnp.swapaxes(found, 0, 1), aim.apply(variables, tokens))
+    # A network that keeps nothing has no cache.
+    assert "cache" not in aim.init(KEY, tokens)
+
+
+class EncoderDecoder(nn.Module):
+    """A decoder that sees the mean of what is encoded."""
+
+    @nn.compact
+    def __call__(self, source, target):
+        code = nn.Dense(8, name="encode")(source).mean(axis=1, keepdims=True)
+        return nn.Dense(3, name="out")(nn.Dense(8, name="decode")(target) + code)
+
+
+def test_a_causal_memory_follows_the_sequence_of_the_decoder():
+    source, target = draw(2, 6, 4), draw(2, 5, 4)
+    update = MemoryUpdate((3,), pool="causal")
+    given = dict(memory=Memory((D,), "dense"), read="out", update=update)
+    aim = AiM(EncoderDecoder(), update_after="decode", **given)
+    variables = random_variables(aim, source, target)
+    y = aim.apply(variables, source, target)
+    assert y.shape == (2, 5, 3)
+    changed = aim.apply(variables, source, np.where(np.arange(5)[:, None] < 3, target, 1.0))
+    assert_equal(changed[:, :3], y[:, :3])
+    # What the encoder writes is of another sequence.
+    with refused("'out', which has an array .* its second axis is not the sequence|not as many"):
+        AiM(EncoderDecoder(), update_after="encode", **given).init(KEY, source, target)
+
+
 def test_decoding_is_refused_where_it_would_differ():
     tokens = words(B, T)
     aim = latched("mean", decode=True)
