@@ -342,8 +342,14 @@ def as_command(stopped: str = "") -> Callable[[Callable[[Any], None]], Callable[
                 end_on_signals(stopped)
                 # To the end of the process: threads may outlive the command.
                 without_noise()
-            with reporting_errors():
-                main(argv)
+            try:
+                with reporting_errors():
+                    main(argv)
+            except SystemExit as end:
+                if argv is None and isinstance(end.__context__, StorageError):
+                    # Orbax's threads may wait without end for what could not be written.
+                    leave(end.code)
+                raise
 
         return run
 
@@ -390,14 +396,21 @@ def end_on_signals(stopped: str = "") -> None:
 
 def end_process(signum: int, stopped: str = "") -> NoReturn:
     """Prints a line and ends the process as a signal does."""
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
-        sys.stdout.flush()
     with contextlib.suppress(OSError):
         # Not by print, which the signal may have interrupted; a progress bar hides the cursor.
-        show_cursor = "\x1b[?25h\n" if sys.stdout.isatty() else ""
+        # Python has no standard output where it was closed.
+        show_cursor = "\x1b[?25h\n" if sys.stdout and sys.stdout.isatty() else ""
         what = f"stopped by {signal.Signals(signum).name}{stopped and f'; {stopped}'}"
         os.write(2, f"{show_cursor}{_program()}: {what}\n".encode())
-    os._exit(128 + signum)
+    leave(128 + signum)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process at once, without waiting for its threads."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager

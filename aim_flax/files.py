@@ -198,8 +198,11 @@ def _digest(content: dict[str, Any]) -> str:
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     lines = [columns, *([row[column] for column in columns] for row in rows)]
     how = dict(newline="", encoding="utf-8", errors="backslashreplace")
+    # The writer quotes only the line break that it writes itself.
+    torn = any("\r" in str(cell) for line in lines for cell in line)
+    quoting = csv.QUOTE_ALL if torn else csv.QUOTE_MINIMAL
     with _replacing(path) as temporary, temporary.open("w", **how) as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
+        csv.writer(file, lineterminator="\n", quoting=quoting).writerows(lines)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

@@ -188,13 +188,55 @@ def test_evaluation_on_other_images_needs_no_flag_and_says_so(capsys, copies):
     evaluate_command.main(argv)
     assert "not the images" not in capsys.readouterr().out  # the test images are the same
     assert read_json(workdir / "eval_test.json")["other_images"] is None
+    own = snapshot(workdir)
     (copy / "test/class0/new.png").write_bytes(encode(draw(1)))
     evaluate_command.main(argv)
-    told = "not the images of the run: test has 1 new of 10 and lacks 0"
+    told = (
+        f"not the images of the run: test has 1 new of 10 and lacks 0; {workdir} keeps its own"
+        " results, these go to files named test_other_images"
+    )
     assert told in capsys.readouterr().out.splitlines()
-    written = read_json(workdir / "eval_test.json")
+    written = read_json(workdir / "eval_test_other_images.json")
     assert written["other_images"] == {"new": 1, "gone": 0}
     assert written["examples"] == 10
+    # What the run's own page shows is still of its own images.
+    kept = snapshot(workdir)
+    assert all(kept[file] == own[file] for file in own if "_test" in file.name)
+    assert read_json(workdir / "eval_test.json")["examples"] == 9
+
+
+def test_images_that_the_run_has_seen_are_not_evaluated_as_others(capsys, tmp_path):
+    """In a folder without splits a file that sorts first moves all others into other splits."""
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    for label in range(3):
+        (whole / f"class{label}").mkdir(parents=True)
+        for i in range(20):
+            (whole / f"class{label}/image{i:02}.png").write_bytes(encode(draw(label)))
+    train_on(whole, workdir)
+    argv = ["--workdir", str(workdir), "--devices", "1"]
+    evaluate_command.main(argv)
+    before = snapshot(workdir)
+    shares = ["--config.data.test_fraction=0.6", "--config.data.val_fraction=0.3"]
+    message = r"\d+ of the \d+ images of the test split are ones that .*run was trained on: where a"
+    capsys.readouterr()
+    assert re.search(message, fails(capsys, evaluate_command.main, *argv, *shares))
+    for label in range(3):
+        (whole / f"class{label}/Another.png").write_bytes(encode(draw(label)))
+    for split in ("test", "val"):
+        line = fails(capsys, evaluate_command.main, *argv, "--split", split)
+        assert re.search(message.replace("test", split), line)
+    assert snapshot(workdir) == before
+    evaluate_command.main([*argv, "--split", "train"])
+
+
+def test_a_test_of_images_that_selected_is_told_from_one_of_new_images():
+    there = Fingerprint(("a",), {"train": np.array([1, 2]), "val": np.array([3]), "test": [4]})
+    here = Fingerprint(("a",), {"train": np.array([1, 2]), "val": [], "test": np.array([3, 4, 5])})
+    with refused("1 of the 3 images of the test split are ones that run chose its best epoch by"):
+        dataset_record.check_unseen(Path("run"), there, here, "test")
+    here = Fingerprint(("a",), {"train": np.array([1]), "val": [3], "test": np.array([4, 5])})
+    dataset_record.check_unseen(Path("run"), there, here, "test")
+    dataset_record.check_unseen(Path("run"), there, here, "train")
 
 
 def test_a_run_from_before_goes_on_and_gets_its_record(capsys, copies, photographs, run):

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import shutil
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.extend.backend
@@ -37,6 +39,7 @@ from aim_flax.models.mlp import MLP
 from aim_flax.statistics import holm
 from aim_flax.train import evaluate_run, loop, restore
 from aim_flax.train import plots as run_plots
+from aim_flax.train.page import write_page
 from aim_flax.train.report import HISTORY_COLUMNS, Events
 from tests.arrays import KEY, random_variables
 from tests.asserts import fails, refused
@@ -166,6 +169,19 @@ def run(tmp_path_factory, standard_promotion, quick_compile):
     workdir = tmp_path_factory.mktemp("runs") / "run"
     summary = loop.run(digits("aim", "train.epochs=3"), workdir, 1, quiet=True)
     return workdir, summary
+
+
+@pytest.mark.parametrize("damage", [lambda png: b"", lambda png: b"GIF", lambda png: png[:99]])
+def test_a_damaged_sheet_of_mistakes_is_made_anew(run, tmp_path, damage):
+    workdir = Path(shutil.copytree(run[0], tmp_path / "run"))
+    sheet = workdir / "mistakes_test.png"
+    whole = sheet.read_bytes()
+    sheet.write_bytes(damage(whole))
+    write_page(workdir)
+    assert "mistakes_test.png, the images, is damaged." in (workdir / "report.html").read_text()
+    evaluate_run.evaluate_run(workdir, device_count=1)
+    assert sheet.read_bytes() == whole
+    assert "is damaged" not in (workdir / "report.html").read_text()
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -197,6 +197,39 @@ FAULTS = {
             REPORT: (2, "summary.json is (no run's summary|damaged|not what)"),
         },
     ),
+    "A file that a run's page shows is damaged": Fault(
+        {
+            "no text": written("metrics.csv", ""),
+            "other text": written("eval_test.json", '{"classes": 3}'),
+            "bytes": replaced("code_version.json", lambda path: path.write_bytes(b"\xff" * 999)),
+        },
+        {
+            "eval --workdir run --devices 1": (
+                2,
+                r"run/(metrics.csv|eval_test.json|code_version.json) is damaged, and no page can be"
+                r" made of it: .{5,150}$",
+            ),
+        },
+    ),
+    "A folder lies where a run's evaluation belongs": Fault(
+        {
+            "of numbers": replaced("eval_test.json", Path.mkdir),
+            "of mistakes": replaced("mistakes_test.png", Path.mkdir),
+            # Which training does not write.
+            "of confusions": lambda: Path("run/confusion_test.png").mkdir(),
+        },
+        {"eval --workdir run --devices 1": (2, "is a folder, expected a file$|is a directory")},
+    ),
+    "A workdir has a name that is no UTF-8": Fault(
+        {"as it is": nothing},
+        dict.fromkeys(
+            (f"{TRAIN} --workdir new\udcff", f"{ABLATE} --workdir new\udcff"),
+            (
+                2,
+                r"new\\udcff.* has a name that is no UTF-8, and checkpoints can't be written there",
+            ),
+        ),
+    ),
     "A study's `study.json` is no study": Fault(
         {
             "a list": study_is("[1]"),

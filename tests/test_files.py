@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and nowhere else."""
 
+import csv
 import math
 import os
 import re
@@ -65,6 +66,14 @@ def test_what_fails_leaves_the_file_of_before_and_nothing_else(tmp_path):
         files.save_image(HalfWritten(), file)
     assert read_json(file) == {"a": 1}
     assert os.listdir(tmp_path) == ["summary.json"]
+
+
+@pytest.mark.parametrize("name", ["a\rb", "a\nb", 'a"b,c', "=1+1", " "])
+def test_names_in_a_table_are_read_as_they_were(tmp_path, name):
+    rows = [{"name": name, "n": 1}, {"name": "plain", "n": 2}]
+    files.write_csv(tmp_path / "t.csv", ("name", "n"), rows)
+    with (tmp_path / "t.csv").open(newline="") as lines:
+        assert list(csv.DictReader(lines)) == [row | {"n": str(row["n"])} for row in rows]
 
 
 def test_long_names_can_be_written(tmp_path):

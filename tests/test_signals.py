@@ -41,6 +41,35 @@ main()
     assert ended(code) == (128 + signum, f"-c: stopped by {signum.name}{told}\n")
 
 
+def test_a_signal_ends_a_command_without_standard_output():
+    """As it is where a shell has closed it."""
+    code = """
+import sys
+sys.stdout = None
+console.end_on_signals()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    assert ended(code) == (143, "-c: stopped by SIGTERM\n")
+
+
+def test_threads_that_wait_do_not_hold_up_a_failed_command():
+    """Orbax's do, for what the disk refused."""
+    code = """
+import threading
+from aim_flax.errors import StorageError
+@console.as_command()
+def main(argv):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    print("so far")
+    raise StorageError("disk full")
+main()
+"""
+    began = time.monotonic()
+    assert ended(code) == (1, "-c: disk full\n")
+    assert time.monotonic() - began < 30
+
+
 def test_a_run_that_saves_its_state_handles_the_first_signal_and_a_second_ends_it():
     code = """
 from aim_flax.train.signals import signals

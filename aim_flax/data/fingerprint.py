@@ -91,6 +91,13 @@ def of_pixels(
     return Fingerprint(classes, {name: np.array(found, _MARK) for name, found in marks.items()})
 
 
+def taken_over(there: Fingerprint, here: Fingerprint, split: str, of: str) -> int:
+    """Returns how many images of a split are new to it, and were in the split `of` before."""
+    marks = {name: there.marks.get(name, np.empty(0, _MARK)) for name in (split, of)}
+    new = here.marks[split][~np.isin(here.marks[split], marks[split])]
+    return int(np.isin(new, marks[of]).sum())
+
+
 def changes(there: Fingerprint, here: Fingerprint) -> dict[str, Change]:
     """Returns the change of each split that differs, in whatever order its images are."""
     found = {}

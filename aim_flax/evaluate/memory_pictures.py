@@ -90,11 +90,17 @@ def collect(
 
 
 def write(
-    folder: Path, notebooks: Notebooks, classes: Sequence[str], context: dict[str, Any], title: str
+    folder: Path,
+    name: str,
+    notebooks: Notebooks,
+    classes: Sequence[str],
+    context: dict[str, Any],
+    title: str,
 ) -> list[str]:
     """Writes the pictures, and the numbers of the third as JSON; returns the names of the files.
 
     Args:
+      name: of the images, which is in the names of the files.
       context: of the evaluation, `split` among it, which comes first in the JSON file.
       title: of the plots.
     """
@@ -102,15 +108,14 @@ def write(
     plot_learned(folder / names[0], notebooks.learned, title)
     if notebooks.written is None:
         return names
-    split = context["split"]
-    names += [f"memory_written_{split}.png", f"memory_classes_{split}.png"]
+    names += [f"memory_written_{name}.png", f"memory_classes_{name}.png"]
     plot_written(folder / names[1], notebooks, classes, title)
     distances = class_distances(notebooks.written, notebooks.labels, len(classes))
     plot_classes(folder / names[2], distances, classes, title)
     numbers = [[None if np.isnan(d) else float(d) for d in row] for row in distances]
     images = len(notebooks.labels)
     result = {**context, "images": images, "classes": list(classes), "distances": numbers}
-    names.append(f"memory_classes_{split}.json")
+    names.append(f"memory_classes_{name}.json")
     write_json(folder / names[3], result)
     return names
 

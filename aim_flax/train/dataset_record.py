@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from aim_flax import files
-from aim_flax.data.fingerprint import Change, Fingerprint, changes
+from aim_flax.data.fingerprint import Change, Fingerprint, changes, taken_over
 from aim_flax.data.load import open_dataset, with_classes
 from aim_flax.errors import UsageError
 from aim_flax.train.workdir import has_begun
@@ -135,6 +135,25 @@ def check_classes(
         f" {len(there)} ({_listed(there)}), here {len(here)} ({_listed(here)}); {difference}"
         f"{advice}"
     )
+
+
+def check_unseen(workdir: Path, there: Fingerprint, here: Fingerprint, split: str) -> None:
+    """Raises UsageError if a split to evaluate on has images now that the run has seen as others.
+
+    Args:
+      there: the images of the run.
+      here: those of the dataset as it is now.
+    """
+    for of, seen in (("train", "was trained on"), ("val", "chose its best epoch by")):
+        if of == split or split == "train":
+            continue
+        if count := taken_over(there, here, split, of):
+            raise UsageError(
+                f"{count:,} of the {len(here.marks[split]):,} images of the {split} split are ones"
+                f" that {workdir} {seen}: where a dataset has no such split of its own, other"
+                " images, or other data.test_fraction and data.val_fraction, draw another one; put"
+                f" what is to be evaluated into a folder of its own, DIR/{split}"
+            )
 
 
 def described(changed: Mapping[str, Change]) -> str:

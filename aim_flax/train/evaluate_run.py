@@ -31,6 +31,8 @@ from aim_flax.train import dataset_record
 from aim_flax.train.page import page, write_page
 from aim_flax.train.restore import Restored, restore_run
 
+_OTHER = "_other_images"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
@@ -68,9 +70,15 @@ class _Opened:
         return self.dataset.classes
 
     @property
+    def label(self) -> str:
+        """What names of files say: of other images than the run's the results are others."""
+        return self.split if self.other_images is None else f"{self.split}{_OTHER}"
+
+    @property
     def title(self) -> str:
         config = self.restored.config
-        return f"{config.name}:{config.arm}, seed {config.seed}, {self.split} split"
+        of_others = "" if self.other_images is None else " of other images"
+        return f"{config.name}:{config.arm}, seed {config.seed}, {self.split} split{of_others}"
 
 
 def _open(
@@ -91,7 +99,11 @@ def _open(
     with_classes(config, dataset.classes)
     changed = recorded and changes(recorded, dataset.fingerprint).get(split)
     if changed:
-        print(f"not the images of the run: {dataset_record.described({split: changed})}")
+        dataset_record.check_unseen(workdir, recorded, dataset.fingerprint, split)
+        print(
+            f"not the images of the run: {dataset_record.described({split: changed})};"
+            f" {workdir} keeps its own results, these go to files named {split}{_OTHER}"
+        )
     dataset = decode_if_small(dataset, config)
     devices = Devices(config.parallel, device_count)
     page(workdir)  # raises before anything is written
@@ -142,7 +154,8 @@ def evaluate_run(
     """Evaluates a checkpoint of a run, prints the result and writes it into the workdir.
 
     Writes `eval_<split>.json`, `confusion_<split>.png` and `mistakes_<split>.png`, with an altered
-    memory `eval_<split>_<memory>.json` and so on; and the run's page, `report.html`, again.
+    memory `eval_<split>_<memory>.json` and so on, of other images than the run's
+    `eval_<split>_other_images.json` and so on; and the run's page, `report.html`, again.
 
     Args:
       workdir, checkpoint: as for `restore_run`.
@@ -153,7 +166,8 @@ def evaluate_run(
 
     Raises:
       UsageError: as `restore_run` and `intervene` do; no such split or number of devices; the
-        dataset has other classes than the run. Other images of the same classes are told in a line.
+        dataset has other classes than the run; some of the images are ones that the run was trained
+        on, or selected by, as another split. Other images of the same classes are told in a line.
       NotFiniteError: the loss is NaN or infinite; nothing is written.
     """
     workdir = Path(workdir)
@@ -165,6 +179,9 @@ def evaluate_run(
         layers(model, _images(restored.config))  # raises before data are loaded
         altered, suffix = f", with altered memory ({memory} {where})", f"_{memory}"
     opened = _open(workdir, restored, split, device_count, overrides)
+    name = f"{opened.label}{suffix}"
+    for file in (f"eval_{name}.json", f"confusion_{name}.png", f"mistakes_{name}.png"):
+        files.check_kind(workdir / file)
     evaluation = opened.build(model)({})
     evaluation.check_finite(f"{workdir}, step {restored.step}, on {split}{altered}")
     low, high = evaluation.accuracy_interval()
@@ -180,11 +197,9 @@ def evaluate_run(
     from aim_flax.evaluate.plots import plot_confusion
 
     with _writing(workdir, opened):
-        report.write_evaluation(
-            workdir, f"{split}{suffix}", evaluation, opened.dataset, white, context
-        )
+        report.write_evaluation(workdir, name, evaluation, opened.dataset, white, context)
         plot_confusion(
-            workdir / f"confusion_{split}{suffix}.png",
+            workdir / f"confusion_{name}.png",
             evaluation,
             opened.classes,
             opened.title + altered,
@@ -231,7 +246,7 @@ def evaluate_interventions(
     }
     with _writing(workdir, opened):
         report.write_effects(
-            workdir / f"interventions_{split}", measured, context, opened.title + where
+            workdir / f"interventions_{opened.label}", measured, context, opened.title + where
         )
     print(f"{_heading(workdir, opened, measured.keep)}, with altered memory{where}:\n")
     print(report.effects_table(measured))
@@ -267,7 +282,9 @@ def picture_memory(
         "other_images": opened.other_images,
     }
     with _writing(workdir, opened):
-        written = pictures.write(workdir, notebooks, opened.classes, context, opened.title)
+        written = pictures.write(
+            workdir, opened.label, notebooks, opened.classes, context, opened.title
+        )
     print(f"{workdir}, step {restored.step}, {len(notebooks.labels)} images: {', '.join(written)}")
 
 

@@ -3,7 +3,9 @@
 It is made from the files of the workdir alone, so the same files always give the same page.
 """
 
+import contextlib
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from aim_flax.files import read_json
 # With more, the matrix would be wider than a page, and a list says more.
 MOST_CLASSES = 20
 _MOST_CONFUSIONS = 20
+_MOST_OF_AN_ERROR = 120
 
 
 def write_page(workdir: Path) -> None:
@@ -32,39 +35,47 @@ def write_page(workdir: Path) -> None:
 
 def page(workdir: Path) -> str:
     """Returns what `write_page` writes."""
-    try:
-        return _page(workdir)
-    except UsageError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError, csv.Error) as error:
-        raise UsageError(
-            f"{workdir} has a damaged file, and no page can be made of it: {error!r}"
-        ) from None
-
-
-def _page(workdir: Path) -> str:
-    config = read_json(workdir / "config.json")
-    title = f"{config['name']}:{config['arm']}, seed {config['seed']}"
-    parts = [*_result(workdir, config), *_figure(workdir, "history.png", "Accuracy and loss")]
+    with _reading(workdir / "config.json") as file:
+        config = read_json(file)
+        title = f"{config['name']}:{config['arm']}, seed {config['seed']}"
+    parts = [*_result(workdir), *_figure(workdir, "history.png", "Accuracy and loss")]
     if (workdir / "metrics.csv").is_file():
-        with (workdir / "metrics.csv").open(newline="") as lines:
+        with _reading(workdir / "metrics.csv") as file, file.open(newline="") as lines:
             parts.append(html.details("Numbers by epoch", html.table(list(csv.reader(lines)), 0)))
     for split in ("test", "val", "train"):
         if (workdir / f"eval_{split}.json").is_file():
-            parts += _evaluation(workdir, split, read_json(workdir / f"eval_{split}.json"))
+            with _reading(workdir / f"eval_{split}.json") as file:
+                parts += _evaluation(workdir, split, read_json(file))
     parts += _memory(workdir)
     parts.append(html.heading("How it was made"))
     for name in ("config.json", "code_version.json"):
         if (workdir / name).is_file():
-            parts.append(html.details(name, html.code((workdir / name).read_text())))
+            with _reading(workdir / name) as file:
+                parts.append(html.details(name, html.code(file.read_text())))
     return html.page(title, parts)
 
 
-def _result(workdir: Path, config: dict[str, Any]) -> list[str]:
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[Path]:
+    """Yields a file of the run, and makes one line of what is wrong with it."""
+    try:
+        yield file
+    except UsageError:
+        raise
+    except (AttributeError, LookupError, OSError, TypeError, ValueError, csv.Error) as error:
+        what = f"{type(error).__name__}: {error}"[:_MOST_OF_AN_ERROR]
+        raise UsageError(f"{file} is damaged, and no page can be made of it: {what}") from None
+
+
+def _result(workdir: Path) -> list[str]:
     """Returns the numbers of the summary, or that there is none yet."""
     if not (workdir / "summary.json").is_file():
         return [html.paragraph("This run is not finished.")]
-    summary = files.read_mapping(workdir / "summary.json", (), "run's summary")
+    with _reading(workdir / "summary.json") as file:
+        return _numbers(files.read_mapping(file, (), "run's summary"))
+
+
+def _numbers(summary: dict[str, Any]) -> list[str]:
     low, high = (f"{summary[f'test_accuracy_{end}']:.2%}" for end in ("low", "high"))
     on_test = summary["selected_on"] == "test"
     chosen = "test accuracy" if on_test else "validation accuracy"
@@ -121,7 +132,10 @@ def _evaluation(workdir: Path, split: str, result: dict[str, Any]) -> list[str]:
     parts.append(html.details("Every class", classes))
     rows, sheet = result.get("mistakes", []), workdir / f"mistakes_{split}.png"
     if rows and sheet.is_file():
-        images = zip(tiles(sheet.read_bytes(), len(rows)), map(caption, rows), strict=True)
+        try:
+            images = zip(tiles(sheet.read_bytes(), len(rows)), map(caption, rows), strict=True)
+        except (OSError, ValueError):  # Pillow's own is an OSError.
+            return [*parts, html.paragraph(f"{sheet.name}, the images, is damaged.")]
         parts += [html.paragraph("Predicted wrongly, the surest first:"), html.gallery(images)]
     return parts
 
@@ -160,18 +174,20 @@ def _memory(workdir: Path) -> list[str]:
             parts += _figure(workdir, name, words)
         file = workdir / f"interventions_{split}.json"
         if file.is_file():
-            found = read_json(file)
-            effects = [Effect(**row) for row in found["effects"]]
-            where = "" if found["at"] == ".*" else f", reads and updates that match {found['at']!r}"
-            parts += [
-                html.paragraph(
-                    f"What is lost when the memory is altered {of_split}, after step"
-                    f" {found['step']:,}{where}:"
-                ),
-                html.table(effects_cells(effects), 2),
-                *map(html.paragraph, found["notes"]),
-                *_figure(workdir, f"interventions_{split}.png", "Layer by layer"),
-            ]
+            with _reading(file):
+                found = read_json(file)
+                effects = [Effect(**row) for row in found["effects"]]
+                at = found["at"]
+                where = "" if at == ".*" else f", reads and updates that match {at!r}"
+                parts += [
+                    html.paragraph(
+                        f"What is lost when the memory is altered {of_split}, after step"
+                        f" {found['step']:,}{where}:"
+                    ),
+                    html.table(effects_cells(effects), 2),
+                    *map(html.paragraph, found["notes"]),
+                    *_figure(workdir, f"interventions_{split}.png", "Layer by layer"),
+                ]
     return [html.heading("The memory"), *parts] if parts else []
 
 

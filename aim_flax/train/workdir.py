@@ -130,6 +130,14 @@ def check_claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) ->
       more_epochs: whether it may also hold this run with fewer epochs, see `raise_epochs`.
     """
     saved = workdir / "config.json"
+    try:
+        str(workdir.absolute()).encode()
+    except UnicodeEncodeError:
+        # Tensorstore takes no other names.
+        raise UsageError(
+            f"{workdir} has a name that is no UTF-8, and checkpoints can't be written there; choose"
+            " another --workdir"
+        ) from None
     if saved.is_file():
         for name in (*_FILES, *_FOLDERS):
             files.check_kind(workdir / name, folder=name in _FOLDERS)
@@ -142,8 +150,9 @@ def check_claim(workdir: Path, config: ConfigDict, more_epochs: bool = False) ->
                 f"{workdir} holds a run of another config, which differs in {changes};"
                 " choose another --workdir"
             )
-        if not os.access(workdir, os.W_OK):
-            raise UsageError(f"{workdir} is not writable")
+        for folder in (workdir, *(workdir / name for name in _FOLDERS)):
+            if folder.exists() and not os.access(folder, os.W_OK):
+                raise UsageError(f"{folder} is not writable")
     elif workdir.exists():
         if not workdir.is_dir():
             raise UsageError(f"{workdir} is a file, expected a directory")
