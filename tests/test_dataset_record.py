@@ -111,8 +111,9 @@ def test_other_classes_are_refused_with_both_lists(capsys, copies, more):
     for split in ("train", "val", "test"):
         (copy / split / "class1").rename(copy / split / "pear")
     for i in range(more):
-        (copy / f"train/z{i}").mkdir()
-        (copy / f"train/z{i}/0.png").write_bytes(encode(draw(i)))
+        for split in ("train", "val", "test"):
+            (copy / split / f"z{i}").mkdir()
+            (copy / split / f"z{i}/0.png").write_bytes(encode(draw(i)))
     before = snapshot(workdir)
     here, only = "class0, class2, pear", "pear"
     if more:
@@ -252,8 +253,9 @@ def test_a_run_from_before_goes_on_and_gets_its_record(capsys, copies, photograp
     train_on(photographs, workdir)
     assert read_json(workdir / "dataset.json") == recorded
     (workdir / "dataset.json").unlink()
-    (copy / "train/more").mkdir()
-    (copy / "train/more/0.png").write_bytes(encode(draw(1)))
+    for split in ("train", "val", "test"):
+        (copy / split / "more").mkdir()
+        (copy / split / "more/0.png").write_bytes(encode(draw(1)))
     capsys.readouterr()
     assert "num_classes is 3, but folder has 4" in fails(
         capsys, evaluate_command.main, *argv, f"--config.data.dir={copy}"

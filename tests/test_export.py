@@ -1,9 +1,12 @@
 """A network in a file: it runs without aim_flax and Flax, and computes the same."""
 
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -119,6 +122,25 @@ def test_the_file_is_a_program(run, tmp_path):
     assert done.stderr == "nothing.png: [Errno 2] No such file or directory: 'nothing.png'\n"
 
 
+def test_the_program_prints_names_on_one_line(capsys, monkeypatch):
+    class Network:
+        def __init__(self, file):
+            pass
+
+        def predict(self, file):
+            if "whole" not in file:
+                raise ValueError("it is\nno image")
+            return "\x1b[31mred\r", 0.5
+
+    monkeypatch.setitem(sys.modules, "aim_network", types.SimpleNamespace(Network=Network))
+    monkeypatch.setattr(sys, "argv", ["network.zip", "whole\n.jpg", "half\n.jpg"])
+    program = Path(export.__file__).with_name("exported_main.py")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(program), run_name="__main__")
+    assert capsys.readouterr().out == "whole\\n.jpg: \\x1b[31mred\\r 50.00%\n"
+    assert end.value.code == r"half\n.jpg: it is\nno image"
+
+
 def test_what_is_in_the_files(run, tmp_path):
     workdir, _ = run
     predictor = Predictor.from_run(workdir)
@@ -146,6 +168,13 @@ def test_what_is_in_the_files(run, tmp_path):
         for name, leaf in expected.items():
             np.testing.assert_array_equal(opened.get_tensor(name), leaf)
         assert json.loads(opened.metadata()["about"]) == saved
+
+
+def test_a_file_may_have_any_name(run, tmp_path):
+    place = tmp_path / os.fsdecode(b"\xff\n.zip")
+    export.write_network(place, Predictor.from_run(run[0]))
+    with zipfile.ZipFile(place) as archive:
+        assert r"python \udcff\n.zip IMAGE" in archive.read("README.txt").decode()
 
 
 def test_export_goes_into_the_workdir_by_itself(run, capsys, tmp_path):

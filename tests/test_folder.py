@@ -231,6 +231,35 @@ def test_a_run_says_once_what_is_passed_over(tmp_path, capsys):
     assert "passed over 4 .heic" in capsys.readouterr().err
 
 
+def test_images_beside_the_splits_are_counted(tmp_path):
+    make(tmp_path, "train/a/1.jpg", "test/a/1.jpg", "contact_sheet.png", "2.jpg", "README.md")
+    dataset = read_folder(tmp_path, 0, 0)
+    assert passed_over(dataset) == "2 images beside train and test"
+    assert [len(records) for records in dataset.splits.values()] == [1, 1]
+
+
+def test_classes_that_a_split_lacks_are_told_once(tmp_path, capsys):
+    labels = [f"c{i}\n" for i in range(9)]
+    make(tmp_path, *(f"train/{label}/1.jpg" for label in labels))
+    make(tmp_path, *(f"val/{label}/1.jpg" for label in labels[:2]))
+    make(tmp_path, *(f"test/{label}/1.jpg" for label in labels[1:]))
+    for _ in range(2):
+        read_folder(tmp_path, 0, 0)
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: val lacks 7 of 9 classes (c2\\n, c3\\n, c4\\n, c5\\n, c6\\n and 2 more);"
+        " test lacks 1 of 9 classes (c0\\n); accuracy there is of the others\n"
+    )
+
+
+def test_classes_too_small_to_be_held_out_are_told(tmp_path, capsys):
+    make(tmp_path, *(f"many/{i}.jpg" for i in range(20)), "few/1.jpg", "few/2.jpg")
+    read_folder(tmp_path, 0.1, 0.4)
+    lacking = "val lacks 1 of 2 classes (few); accuracy there is of the others"
+    assert capsys.readouterr().err == f"{tmp_path}: {lacking}\n"
+    read_folder(tmp_path, 0, 0.4)
+    assert capsys.readouterr().err == ""
+
+
 def test_all_formats_are_read_when_asked(tmp_path):
     pixels = np.full((6, 5, 3), 255, np.uint8)
     pixels[:3] = 0

@@ -9,9 +9,10 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from aim_flax.data.images import MOST_BYTES, ImageError, header, load
+from aim_flax.data import images
+from aim_flax.data.images import MOST_BYTES, ImageError, halvings, header, load
 from tests.asserts import refused
 from tests.photos import encode
 
@@ -97,6 +98,105 @@ def test_16_bits_are_scaled_not_clipped():
     np.testing.assert_array_equal(pixels[..., 0], picture()[..., 0])
 
 
+def with_tags(tiff: bytes, **values: int) -> bytes:
+    """Returns a TIFF of one sample per pixel with other values of tags, by their names."""
+    changed, (start,) = bytearray(tiff), struct.unpack_from("<I", tiff, 4)
+    left = {ExifTags.Base[name]: value for name, value in values.items()}
+    for i in range(*struct.unpack_from("<H", tiff, start)):
+        place = start + 2 + 12 * i
+        (tag,) = struct.unpack_from("<H", tiff, place)
+        if tag in left:
+            struct.pack_into("<I", changed, place + 8, left.pop(tag))
+    assert not left
+    return bytes(changed)
+
+
+def grey32() -> np.ndarray:
+    return picture()[..., 0].astype(np.int64) * 0x01010101
+
+
+def unsigned32(values: np.ndarray) -> bytes:
+    return with_tags(encode(values.astype(np.uint32).view(np.int32), "TIFF"), SampleFormat=1)
+
+
+def grey12() -> bytes:
+    """Two pixels in three bytes."""
+    values = picture()[..., 0].astype(np.uint16) * 16 + 15
+    left, right = values[:, ::2], values[:, 1::2]
+    parts = [left >> 4, (left & 15) << 4 | right >> 8, right & 255]
+    packed = np.stack(parts, -1).reshape(HEIGHT, WIDTH * 3 // 2).astype(np.uint8)
+    return with_tags(encode(packed, "TIFF"), ImageWidth=WIDTH, BitsPerSample=12)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        unsigned32(grey32()),
+        grey12(),
+        encode(grey16(), "TIFF"),
+        with_tags(
+            encode(Image.fromarray(65535 - np.asarray(grey16())), "TIFF"),
+            PhotometricInterpretation=0,
+        ),
+        encode(grey16(), "PPM"),
+        encode(grey16(), "JPEG2000"),
+    ],
+    ids=["32 bit", "12 bit", "16 bit", "white is 0", "pgm", "jpeg 2000"],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_depth_is_scaled_by_what_its_format_says(encoded, channels):
+    pixels = load(encoded, (HEIGHT, WIDTH, channels))
+    np.testing.assert_array_equal(pixels, np.repeat(picture()[..., :1], channels, -1))
+
+
+def floats(white: float) -> Image.Image:
+    return Image.fromarray(picture()[..., 0].astype(np.float32) / 255 * white)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "kind"),
+    [
+        (encode(floats(1.0), "TIFF"), "floating-point pixels, and TIFF"),
+        (encode(floats(255.0), "TIFF"), "floating-point pixels, and TIFF"),
+        (b"Pf\n2 1\n-1.0\n" + struct.pack("<2f", 0.0, 1.0), "floating-point pixels, and PPM"),
+        (encode(picture()[..., 0].astype(np.int32), "TIFF"), "signed pixels, and TIFF"),
+        (
+            encode(grey16(), "TIFF", tiffinfo={ExifTags.Base.SampleFormat: 2}),
+            "signed pixels, and TIFF",
+        ),
+    ],
+    ids=["to 1", "to 255", "pfm", "32 bit", "16 bit"],
+)
+def test_numbers_without_a_black_and_white_are_refused(encoded, kind):
+    for read in (header, lambda encoded: load(encoded, SHAPE)):
+        message = f"has {kind} does not say which are black and white: save it with unsigned ones"
+        with refused(f"^{message} of 8 or 16 bits$", kind=ImageError):
+            read(encoded)
+
+
+def test_small_numbers_in_32_bits_are_never_silently_black():
+    for most in (255, 65535):
+        values = picture()[..., 0].astype(np.int64) * most // 255
+        message = (
+            f"^has 32-bit pixels of at most {values.max():,}, which are all black where 4,294,9"
+        )
+        with refused(message, kind=ImageError):
+            load(unsigned32(values), SHAPE)
+    assert not load(unsigned32(np.zeros((HEIGHT, WIDTH))), SHAPE).any()
+
+
+def test_lab_and_alpha_that_is_multiplied_in():
+    to_lab = ImageCms.buildTransform(*map(ImageCms.createProfile, ("sRGB", "LAB")), "RGB", "LAB")
+    lab = encode(ImageCms.applyTransform(IMAGE, to_lab), "TIFF")
+    assert distance(load(lab, SHAPE), picture()) < 2
+    assert distance(load(lab, (HEIGHT, WIDTH, 1))[..., 0], np.asarray(IMAGE.convert("L"))) < 2
+    grey = encode(IMAGE.convert("LA"), "TIFF")
+    multiplied = with_tags(grey, ExtraSamples=1)
+    for channels in (1, 3):
+        expected = load(grey, (HEIGHT, WIDTH, channels))
+        np.testing.assert_array_equal(load(multiplied, (HEIGHT, WIDTH, channels)), expected)
+
+
 @pytest.mark.parametrize("kind", ENCODED)
 def test_one_channel_is_the_grey_of_three(kind):
     grey = load(ENCODED[kind], (HEIGHT, WIDTH, 1))
@@ -115,6 +215,91 @@ def test_stored_rotations_are_undone_as_pillow_does(orientation, order, kind):
     assert header(encoded) == (kind, *shape)
     np.testing.assert_array_equal(load(encoded, (*shape, 3)), np.asarray(upright))
     assert distance(load(encoded, (*shape, 1))[..., 0], np.asarray(upright.convert("L"))) < 1
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    """Returns a segment of a JPEG."""
+    return struct.pack(">BBH", 0xFF, marker, 2 + len(content)) + content
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Returns a chunk of a PNG."""
+    crc = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + crc
+
+
+def typed(kind: int, order: str) -> bytes:
+    """EXIF data whose orientation, 6, is a number of this type (TIFF 6.0, section 2)."""
+    code = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}[kind]
+    entry = struct.pack(order + "HHI", ExifTags.Base.Orientation, kind, 1)
+    value = struct.pack(order + code, 6).ljust(4, b"\0")
+    start = b"II*\0" if order == "<" else b"MM\0*"
+    return b"Exif\0\0" + start + struct.pack(order + "IH", 8, 1) + entry + value + bytes(4)
+
+
+def in_text(exif: bytes) -> bytes:
+    """EXIF data as ImageMagick writes it into a PNG."""
+    return b"Raw profile type exif\0\nexif\n%8d\n%s\n" % (len(exif), exif.hex().encode())
+
+
+BEFORE = {  # what may stand in a JPEG before its EXIF data
+    "a segment with the marker of a scan": segment(0xED, b"Photoshop 3.0\0 \xff\xda "),
+    "a comment that names EXIF": segment(0xFE, b"Exif\0\0 is not here"),
+    "bytes that fill up": b"\xff\xff\xff",
+    "a marker that stands alone": b"\xff\x01",
+    "other data of the same marker": segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0"),
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_exif_is_found_behind(before):
+    check_turned("jpeg", BEFORE[before] + segment(0xE1, oriented(6)), 2)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", [3, 4, 8, 9])
+def test_orientations_may_be_whole_numbers_of_any_type(kind, order):
+    check_turned("jpeg", segment(0xE1, typed(kind, order)), 2)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("how", ["eXIf", "tEXt", "zTXt"])
+def test_exif_is_found_in_a_png(how, behind):
+    """In its own chunk or, as ImageMagick writes it, in a text; before the pixels or after them."""
+    name, _, text = in_text(oriented(6)).partition(b"\0")
+    content = {
+        "eXIf": oriented(6).removeprefix(b"Exif\0\0"),
+        "tEXt": in_text(oriented(6)),
+        "zTXt": name + b"\0\0" + zlib.compress(text),
+    }[how]
+    check_turned("png", chunk(how.encode(), content), -12 if behind else 33)
+
+
+def check_turned(kind: str, added: bytes, place: int) -> None:
+    """Asserts that an image is turned by what is added to its file there."""
+    plain = ENCODED[kind]
+    encoded = plain[:place] + added + plain[place:]
+    assert header(encoded) == (kind.upper(), WIDTH, HEIGHT)
+    expected = np.rot90(load(plain, SHAPE), -1)
+    np.testing.assert_array_equal(load(encoded, (WIDTH, HEIGHT, 3)), expected)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        chunk(b"tEXt", in_text(oriented(6))[:-4]),
+        chunk(b"tEXt", b"Raw profile type exif\0no digits"),
+        chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 2\nzz\n"),
+        chunk(b"zTXt", b"exif\0\0" + zlib.compress(b"text")),
+        chunk(b"tEXt", b"exif\0text"),
+    ],
+    ids=["odd", "short", "no digits", "zTXt of that name", "tEXt of that name"],
+)
+def test_damaged_exif_in_texts_is_passed_over(chunks):
+    png = encode(IMAGE, "PNG")
+    encoded = png[:33] + chunks + png[33:]
+    assert header(encoded) == ("PNG", HEIGHT, WIDTH)
+    np.testing.assert_array_equal(load(encoded, SHAPE), picture())
 
 
 @pytest.mark.parametrize("fit", ["stretch", "crop"])
@@ -262,11 +447,6 @@ def png(rows: int, interlaced: bool = False) -> bytes:
     passes = [*passes, (1, 0, 2, 1)] if interlaced else [(0, 0, 1, 1)]
     lines = [line for top, left, *by in passes for line in pixels[top :: by[0], left :: by[1]]]
     data = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines[:rows]))
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        crc = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + crc
-
     size = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, interlaced)
     parts = chunk(b"IHDR", size) + chunk(b"IDAT", data[:100]) + chunk(b"IDAT", data[100:])
     return b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IEND", b"")
@@ -347,6 +527,35 @@ def test_no_image_costs_more_than_is_said(kind):
     if form != "JPEG":
         with refused("^has [0-9,]+ pixels, too many to decode in 256 MiB$", kind=ImageError):
             load(larger, SHAPE)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("kind", "mode", "progressive", "bytes_per_pixel", "expected"),
+    [
+        # A JPEG costs 6 a pixel that is decoded and, in several scans, 6 a pixel of all.
+        ("JPEG", "RGB", False, 7.0, 0),
+        ("JPEG", "RGB", False, 5.0, 1),
+        ("JPEG", "RGB", False, 1.0, 2),
+        ("JPEG", "RGB", True, 13.0, 0),
+        ("JPEG", "RGB", True, 7.0, 2),
+        ("JPEG", "CMYK", False, 7.0, 1),
+        ("PNG", "RGB", False, 13.0, 0),
+    ],
+)
+def test_an_image_halved_often_enough_can_be_decoded(
+    monkeypatch, kind, mode, progressive, bytes_per_pixel, expected, orientation
+):
+    image = Image.fromarray(picture(241, 323)).convert(mode)
+    encoded = encode(image, kind, progressive=progressive, exif=oriented(orientation))
+    monkeypatch.setattr(images, "MOST_BYTES", int(bytes_per_pixel * 241 * 323))
+    times = halvings(encoded)
+    assert times == expected
+    _, height, width = header(encoded)
+    assert load(encoded, (height // 2**times, width // 2**times, 3)).any()
+    if times:
+        with refused("too many to decode", kind=ImageError):
+            load(encoded, (height // 2 ** (times - 1), width // 2 ** (times - 1), 3))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])

@@ -1,5 +1,6 @@
 """The inspection of a folder finds what a careful person would."""
 
+import errno
 import io
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from aim_flax.cli import inspect
-from aim_flax.data import inspection
+from aim_flax.data import images, inspection
 from aim_flax.data.folder import survey
 
 
@@ -144,6 +145,79 @@ def test_the_same_pixels_in_another_file_are_duplicates(clean, capsys):
     ]
 
 
+def test_images_too_large_to_be_decoded_whole_are_compared_halved(clean, capsys, monkeypatch):
+    """With a limit that makes small ones too large; a baseline JPEG costs 6 bytes a pixel."""
+    large = photograph(0).resize((240, 200))
+    differs = np.array(large)
+    differs[90:98, 90:98] = 255 - differs[90:98, 90:98]
+    one, other = clean / "train/apple/large.jpg", clean / "test/apple/large.jpg"
+    put(large, one, quality=95)
+    put(large, other, quality=95, optimize=True)
+    put(Image.fromarray(differs), clean / "train/apple/differs.jpg", quality=95)
+    monkeypatch.setattr(images, "MOST_BYTES", 5 * 240 * 200)
+    status, out, err = run(clean, capsys)
+    assert (status, err) == (1, "")
+    assert "\n0 images can't be read\n1 image is there more than once, 1 of them in more" in out
+    paths = "DIR/train/apple/large.jpg, DIR/test/apple/large.jpg"
+    assert f"\n  same pixels at 1/2 of height and width: {paths}\n" in out
+    assert out.splitlines()[-1].startswith("wrote ")
+    # Where they fit, they are not halved.
+    monkeypatch.setattr(images, "MOST_BYTES", 7 * 240 * 200)
+    assert f"\n  same pixels: {paths}\n" in run(clean, capsys)[1]
+
+
+def test_larger_images_are_told_apart_as_well_as_each_can_be(tmp_path, monkeypatch):
+    """Two of three fit whole: they are other images there, and alike where the third is."""
+    paths = [tmp_path / f"train/a/{name}.jpg" for name in ("one", "other", "scans")]
+    flat = np.full((256, 256, 3), 128, np.uint8)
+    rough = flat.copy()
+    rough[100:108:2, 100:108:2], rough[101:108:2, 100:108:2] = 120, 136
+    for path, pixels in zip(paths, (flat, rough, flat), strict=True):
+        progressive = path == paths[2]
+        put(Image.fromarray(pixels), path, quality=100, subsampling=0, progressive=progressive)
+    (tmp_path / "test").mkdir()
+    monkeypatch.setattr(images, "MOST_BYTES", int(6.1 * 256**2))
+    findings = inspection.examine(survey(tmp_path)[0], 1, Console(stderr=True))
+    assert [finding.halvings for finding in findings] == [0, 0, 3]
+    lost = inspection.Lost()
+    (group,) = inspection.duplicates(findings, lost)
+    assert [finding.path for finding in group] == [str(path) for path in paths]
+    paths[2].unlink()
+    assert inspection.duplicates(findings, lost) == []
+    assert lost == {str(paths[2]): "can't be read: No such file or directory"}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (Path.unlink, "can't be read: No such file or directory"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "can't be read: it is no file"),
+    ],
+    ids=["gone", "damaged", "a pipe"],
+)
+def test_images_that_change_meanwhile_are_named(clean, capsys, monkeypatch, change, why):
+    save(clean / "test/pear/copy.png", 10, 30, 40, compress_level=1)
+    put(photograph(3), clean / "train/apple/photo.jpg")
+    put(photograph(3).resize((60, 50)), clean / "test/pear/photo.jpg")
+    changing = ("train/pear/0.png", "train/apple/photo.jpg", "train/apple/1.jpg")
+
+    def examine(*arguments):
+        findings = inspection.examine(*arguments)
+        for path in changing:
+            change(clean / path)
+        return findings
+
+    monkeypatch.setattr(inspect, "examine", examine)
+    status, out, err = run(clean, capsys)
+    assert (status, err) == (1, "")
+    lines = out.splitlines()
+    start = lines.index("3 images can't be compared or drawn any more")
+    assert sorted(lines[start + 1 : -1]) == sorted(f"  DIR/{path} {why}" for path in changing)
+    assert "0 images are there more than once" in out
+    assert lines[-1].startswith("wrote ")
+
+
 def photograph(seed: int) -> Image.Image:
     """Returns something with large shapes, as photographs have them."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
@@ -197,6 +271,33 @@ def test_what_is_passed_over_and_odd_names_are_told(clean, capsys):
     assert "passed over" not in out
     assert "BMP (1)" in out
     assert "GIF (1)" in out
+
+
+def test_no_name_breaks_a_line(clean, capsys):
+    (clean / "train/apple/notes.a\nb\x1b[31m").touch()
+    sheet = clean.parent / "a\nsheet\x1b[2J.png"
+    status, out, _ = run(clean, capsys, "--sheet", str(sheet))
+    assert status == 0
+    assert "\x1b" not in out
+    assert "passed over: 1 .a\\nb\\x1b[31m\n" in out
+    assert out.endswith("a\\nsheet\\x1b[2J.png\n")
+    assert sheet.exists()
+
+
+def test_the_sheet_is_written_whole_or_not_at_all(clean, capsys, monkeypatch):
+    sheet = clean.parent / "sheet.png"
+    sheet.write_bytes(b"an earlier one")
+
+    def half(image, file, kind):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    status, _, err = run(clean, capsys)
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"disk full while {clean.parent} was written to" in err
+    assert sheet.read_bytes() == b"an earlier one"
+    assert sorted(clean.parent.iterdir()) == sorted([clean, sheet])
 
 
 def test_a_single_class_is_a_fault(tmp_path, capsys):
@@ -256,7 +357,9 @@ def test_contact_sheet_shows_images_of_each_class_below_its_name(tmp_path):
                 Image.new("RGB", (30 + i, 50), color).save(root / split / label / f"{i}.png")
     dataset, _ = survey(root)
     findings = inspection.examine(dataset, 2, Console(stderr=True))
-    sheet = np.asarray(inspection.contact_sheet(dataset.classes, findings, 3))
+    lost = inspection.Lost()
+    sheet = np.asarray(inspection.contact_sheet(dataset.classes, findings, 3, lost))
+    assert not lost
     for label, color in colors.items():
         area = (sheet == color).all(-1).sum() / 64**2
         # All that a class has, up to three.

@@ -1,5 +1,6 @@
 """A run's network in use: the classes of images, as evaluation sees them."""
 
+import csv
 import json
 import os
 import re
@@ -174,6 +175,94 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
     }.items():
         with refused(message):
             inputs.find(["b", place])
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path, monkeypatch, capsys):
+    """As training and inspect do: two links to a folder are two folders."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("elsewhere/1.jpg", "elsewhere/deep/2.jpg", "photos/a/3.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("")
+    for link in ("photos/b", "photos/c"):
+        Path(link).symlink_to("../elsewhere")
+    linked = [f"photos/{name}/{file}" for name in "bc" for file in ("1.jpg", "deep/2.jpg")]
+    assert inputs.find(["photos"]) == ["photos/a/3.jpg", *linked]
+    assert capsys.readouterr().err == ""
+    # To the folder itself, and by way of another one.
+    Path("photos/a/again").symlink_to(".")
+    Path("elsewhere/back").symlink_to("../photos")
+    assert inputs.find(["photos"]) == ["photos/a/3.jpg", *linked]
+    assert capsys.readouterr().err == "photos: passed over 3 links in a circle\n"
+    Path("photos/self").symlink_to("self")
+    with refused("photos/self can't be read: Too many levels of symbolic links"):
+        inputs.find(["photos"])
+
+
+def test_what_folders_hold_besides_images_of_the_run_is_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("scans").mkdir()
+    for name in ("1.tif", "2.TIF", "3.gif", "notes.txt", ".hidden"):
+        (tmp_path / "scans" / name).write_text("")
+    counted = "passed over 1 .gif, 2 .tif, 1 .txt; patterns, such as '*.gif', take .gif, .tif"
+    expected = "scans has no images, expected .jpg, .jpeg, .png, .webp"
+    with refused(exactly=f"{expected}; {counted}"):
+        inputs.find(["scans"])
+    images = ["scans/1.tif", "scans/2.TIF", "scans/3.gif"]
+    assert inputs.find(["scans"], "all") == images
+    assert capsys.readouterr().err == "scans: passed over 1 .txt\n"
+    assert inputs.find(["scans/*.tif"]) == images[:1]
+    assert capsys.readouterr().err == ""
+    Path("scans/4.jpg").symlink_to("nowhere")  # It is told when it is read, as in training.
+    assert inputs.find(["scans"]) == ["scans/4.jpg"]
+    assert capsys.readouterr().err == f"scans: {counted}\n"
+    with refused("data.formats is 'al', .*did you mean 'all'"):
+        inputs.find(["scans"], "al")
+
+
+def test_predict_takes_the_formats_of_the_run(capsys, run, tmp_path):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    (scans / "1.tif").write_bytes(encode(draw(1), "TIFF"))
+    away = shutil.copytree(run, tmp_path / "away")
+    config = read_json(away / "config.json")
+    config["data"]["formats"] = "all"
+    (away / "config.json").write_text(json.dumps(config))
+    (line,) = lines_of(capsys, scans, "--workdir", away)
+    assert line.startswith(f"{scans}/1.tif: class")
+    line = fails(capsys, predict_command.main, str(scans), "--workdir", str(run))
+    assert "has no images" in line
+
+
+def test_a_line_says_so_where_the_run_does_not_name_its_classes(
+    capsys, run, photographs, predictor, tmp_path
+):
+    away = shutil.copytree(run, tmp_path / "away")
+    Predictor.from_run(away)
+    assert capsys.readouterr().err == ""
+    (away / "dataset.json").unlink()
+    assert Predictor.from_run(away).classes == predictor.classes
+    assert capsys.readouterr().err == (
+        f"{away} has no dataset.json: its classes are named as in {photographs}, as that is now\n"
+    )
+
+
+def test_names_are_printed_on_one_line_and_written_as_they_are(
+    capsys, photographs, predictor, tmp_path
+):
+    file, name = "line\nbreak.jpg", "=1+1\x1b[31m\n"
+    prediction = predict.Prediction.of((name,), np.ones(1, np.float32))
+    found = predict.Found(file, prediction)
+    assert predict.line(found, 1) == r"line\nbreak.jpg: =1+1\x1b[31m\n 100.00%"
+    predict.write_csv(tmp_path / "found.csv", [found], 1)
+    with (tmp_path / "found.csv").open(newline="") as opened:
+        assert list(csv.reader(opened))[1] == [file, name, "1.0"]
+
+    damaged = tmp_path / file
+    damaged.write_bytes(b"")
+    whole = str(next((photographs / "test" / "class0").iterdir()))
+    list(predict.predictions(predictor, [str(damaged), whole], skip=True, threads=1))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"left out: {tmp_path}/line\\nbreak.jpg ")
 
 
 def lines_of(capsys, *argv) -> list[str]:

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(f"--to is {place}, expected a name that ends in {' or '.join(_KINDS)}")
 
     from aim_flax import compile_cache, devices, files
+    from aim_flax.names import printable
     from aim_flax.use import export
     from aim_flax.use.predictor import Predictor
 
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for place in places:
         write = export.write_network if place.suffix == ".zip" else export.write_parameters
         write(place, predictor)
-        print(f"{place}: {place.stat().st_size / 1e6:,.1f} MB, step {predictor.step}")
+        megabytes = place.stat().st_size / 1e6
+        print(printable(f"{place}: {megabytes:,.1f} MB, step {predictor.step}"))
 
 
 if __name__ == "__main__":

@@ -18,15 +18,17 @@ from aim_flax.console import CommandParser, as_command
 from aim_flax.data.folder import FORMATS, passed_over, split, survey
 from aim_flax.data.inspection import (
     Finding,
+    Lost,
     alike,
     contact_sheet,
     duplicates,
     examine,
+    halved,
     number,
     report,
 )
 from aim_flax.errors import UsageError
-from aim_flax.files import check_output
+from aim_flax.files import check_output, save_image, writing
 from aim_flax.names import printable
 
 _MOST_PER_CLASS, _MOST_THREADS = 100, 1024
@@ -68,12 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for problem in problems:
         print(f"layout: {printable(problem)}")
     if dataset.passed_over:
-        print(f"passed over: {passed_over(dataset)}")
+        print(f"passed over: {printable(passed_over(dataset))}")
     unreadable = [finding for finding in findings if finding.problem]
     print(f"{number(unreadable, 'image', 'images')} can't be read")
     for finding in unreadable:
         print(f"  {printable(finding.path)} {printable(finding.problem)}")
-    groups = duplicates(findings)
+    lost = Lost()
+    groups = duplicates(findings, lost)
     across = [group for group in groups if len({finding.split for finding in group}) > 1]
     torn = [group for group in groups if len({finding.label for finding in group}) > 1]
     print(
@@ -81,16 +84,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         f" in more than one split, {len(torn):,} in more than one class"
     )
     for group in groups:
-        same = "bytes" if len({finding.content for finding in group}) == 1 else "pixels"
-        print(f"  same {same}: {_paths(group)}")
-    copies = alike(findings, groups)
+        print(f"  same {_same(group)}: {_paths(group)}")
+    copies = alike(findings, groups, lost)
     print(f"{number(copies, 'image looks', 'images look')} like one in another split or class")
     for group in copies:
         print(f"  alike: {_paths(group)}")
-    contact_sheet(dataset.classes, findings, args.per_class).save(args.sheet, "PNG")
-    print(f"wrote {args.sheet}")
-    if problems or unreadable or across or torn or copies:
+    sheet = contact_sheet(dataset.classes, findings, args.per_class, lost)
+    if lost:
+        print(f"{number(lost, 'image', 'images')} can't be compared or drawn any more")
+        for path, why in lost.items():
+            print(f"  {printable(path)} {printable(why)}")
+    with writing(args.sheet.absolute().parent):
+        save_image(sheet, args.sheet)
+    print(f"wrote {printable(args.sheet)}")
+    if problems or unreadable or across or torn or copies or lost:
         sys.exit(1)
+
+
+def _same(group: Sequence[Finding]) -> str:
+    """Returns what is the same in a group of duplicates."""
+    if len({finding.content for finding in group}) == 1:
+        return "bytes"
+    times = halved(group)
+    return f"pixels at 1/{2**times} of height and width" if times else "pixels"
 
 
 def _paths(group: Sequence[Finding]) -> str:

@@ -37,16 +37,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--top is {args.top}, expected at least 1")
 
     from aim_flax import compile_cache, devices, files
+    from aim_flax.names import printable
+    from aim_flax.train.workdir import read_config
     from aim_flax.use import inputs, predict
     from aim_flax.use.predictor import Predictor
 
     asked = {"--csv": args.csv, "--json": args.json, "--sheet": args.sheet}
     files.check_outputs([(flag, place) for flag, place in asked.items() if place])
-    paths = inputs.find(args.images)
+    # Before the network is restored, which takes longer.
+    data = read_config(Path(args.workdir)).data
+    paths = inputs.find(args.images, data.get("formats", "usual"))
     compile_cache.enable()
     devices.warn_of_wrong_results()
     predictor = Predictor.from_run(args.workdir, args.checkpoint)
-    data = predictor.config.data
     skip = (args.on_error or data.get("on_error", "stop")) == "skip"
     if args.sheet:
         # Imported here because drawing takes more imports.
@@ -70,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = [found.prediction for found in all_found[: len(thumbnails)]]
         sheet.write(args.sheet, sheet.draw(thumbnails, shown))
         if len(shown) < len(all_found):
-            print(f"{args.sheet} has the first {len(shown)} images", file=sys.stderr)
+            message = f"{args.sheet} has the first {len(shown)} images"
+            print(printable(message), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import functools
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 
 from aim_flax.data.records import EncodedDataset, Subset, hold_out
 from aim_flax.errors import UsageError, check_choice, nearest
+from aim_flax.names import printable, shortened
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Pillow reads these as well; of several pictures in a file, the first.
@@ -28,6 +31,7 @@ _OTHER_NAMES = {
 }
 # The split that `survey` returns if there are only class folders.
 UNSPLIT = "all"
+_MOST_NAMED, _LONGEST = 5, 40  # classes that a split lacks, and characters of each
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,11 +52,8 @@ class FolderRecords:
         return len(self.files)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """As in `Records`; raises OSError for what can't be read or is no file."""
-        with open(self.name(index), "rb", opener=_open) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError("it is no file")
-            return file.read(), self.label(index)
+        """As in `Records`; raises OSError as `read_file` does."""
+        return read_file(self.name(index)), self.label(index)
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -70,6 +71,14 @@ class FolderRecords:
         return os.fsencode(f"{self.files[index]}\0{size}")
 
 
+def read_file(path: str) -> bytes:
+    """Returns the content of a file; raises OSError for what can't be read or is no file."""
+    with open(path, "rb", opener=_open) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("it is no file")
+        return file.read()
+
+
 def _open(path: str, flags: int) -> int:
     # A pipe that nobody writes to would keep the reader waiting.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
@@ -80,10 +89,12 @@ def read_folder(
 ) -> EncodedDataset:
     """Finds the images of a folder by their file names; no image is read.
 
+    A line on standard error says once which classes a split lacks.
+
     Args:
       directory: holds `train`, `test` and maybe `val`, each with a folder of images per class, or
         only the class folders. Images lie directly in their class folder; hidden files are ignored,
-        and what else is passed over is counted.
+        and what else is passed over there is counted, as are images beside `train`.
       val_fraction: of each class of the training images, held out for validation if there is no
         folder `val`; 0 for no validation split.
       test_fraction: of each class, held out for the test if there are only class folders.
@@ -101,7 +112,10 @@ def read_folder(
     if problems:
         more = f" ({len(problems) - 1} more: python -m aim_flax.cli.inspect {directory})"
         raise UsageError(problems[0] + (more if len(problems) > 1 else ""))
-    return split(dataset, val_fraction, test_fraction)
+    dataset = split(dataset, val_fraction, test_fraction)
+    if lacking := _lacking(dataset):
+        _say_once(f"{directory}: {lacking}; accuracy there is of the others")
+    return dataset
 
 
 def survey(directory: str | Path, formats: str = "usual") -> tuple[EncodedDataset, list[str]]:
@@ -127,11 +141,12 @@ def survey(directory: str | Path, formats: str = "usual") -> tuple[EncodedDatase
         siblings = [entry.name for entry in os.scandir(parent)] if parent.is_dir() else []
         raise UsageError(f"{directory} does not exist{nearest(directory.name, siblings)}")
     problems: list[str] = []
-    folders = _scan(directory, problems, suffixes).folders
+    top = scan(directory, problems, suffixes)
+    folders = top.folders
     found = [name for name in SPLITS if name in folders]
     roots = {name: directory / name for name in found} or {UNSPLIT: directory}
     for name in folders:
-        if not found and {"train", "test"} <= {*_scan(directory / name, [], ()).folders}:
+        if not found and {"train", "test"} <= {*scan(directory / name, [], ()).folders}:
             raise UsageError(
                 f"{directory} has no train and test, but {directory / name} has: expected that"
                 " folder"
@@ -149,6 +164,9 @@ def survey(directory: str | Path, formats: str = "usual") -> tuple[EncodedDatase
         if found and name not in found
     ]
     passed_over: collections.Counter[str] = collections.Counter()
+    if found and top.images:
+        # No mistake: a picture of all of them, or the contact sheet of `inspect`.
+        passed_over[f"images beside {' and '.join(found)}"] = len(top.images)
     trees = {
         name: _class_files(root, problems, suffixes, passed_over) for name, root in roots.items()
     }
@@ -209,6 +227,32 @@ def split(dataset: EncodedDataset, val_fraction: float, test_fraction: float) ->
     return dataclasses.replace(dataset, splits=ordered)
 
 
+def _lacking(dataset: EncodedDataset) -> str:
+    """Returns "val lacks 2 of 9 classes (a, b); test lacks 1 of 9 classes (a)", or ""."""
+    texts = []
+    for name, records in dataset.splits.items():
+        there = {*np.unique(_labels(records)).tolist()}
+        lacks = [label for i, label in enumerate(dataset.classes) if i not in there]
+        if lacks:
+            listed = ", ".join(shortened(label, _LONGEST) for label in lacks[:_MOST_NAMED])
+            more = f" and {len(lacks) - _MOST_NAMED:,} more" if len(lacks) > _MOST_NAMED else ""
+            of = f"{len(lacks):,} of {len(dataset.classes):,} classes"
+            texts.append(f"{name} lacks {of} ({listed}{more})")
+    return "; ".join(texts)
+
+
+def _labels(records: FolderRecords | Subset) -> np.ndarray:
+    if isinstance(records, Subset):
+        return records.records.labels[records.indices]
+    return records.labels
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """Says something of a folder, which a study opens again and again."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
 def passed_over(dataset: EncodedDataset) -> str:
     """Returns a text like "3 .gif, 1 .txt; data.formats=all reads .gif"."""
     kinds = dataset.passed_over
@@ -225,7 +269,7 @@ def _class_files(
 ) -> dict[str, list[str]]:
     """Returns the images of each class folder, sorted; adds to the problems, and to the numbers of
     what is passed over there."""
-    found = _scan(directory, problems, suffixes)
+    found = scan(directory, problems, suffixes)
     if found.images:
         problems.append(
             f"{directory / found.images[0]} lies directly in {directory}"
@@ -235,7 +279,7 @@ def _class_files(
     tree = {}
     for name in found.folders:
         before = len(problems)
-        inner = _scan(directory / name, problems, suffixes)
+        inner = scan(directory / name, problems, suffixes)
         tree[name] = inner.images
         kinds = collections.Counter(inner.others.values())
         passed_over.update(kinds)
@@ -270,7 +314,14 @@ class _Found:
     others: dict[str, str]
 
 
-def _scan(directory: Path, problems: list[str], suffixes: Sequence[str]) -> _Found:
+def scan(directory: Path, problems: list[str], suffixes: Sequence[str]) -> _Found:
+    """Returns what is in a folder, in the order of its names; links are followed.
+
+    Args:
+      directory: the folder.
+      problems: gets a line for what can't be read.
+      suffixes: of images.
+    """
     found = _Found([], [], {})
     try:
         entries = sorted(os.scandir(directory), key=lambda entry: entry.name)

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 from aim_flax import markdown
-from aim_flax.data.images import ImageError, header, load
+from aim_flax.data.folder import read_file
+from aim_flax.data.images import ImageError, halvings, header, load
 from aim_flax.data.records import EncodedDataset, Records
 from aim_flax.names import printable
 
@@ -44,6 +45,7 @@ class Finding:
       problem: why it can't be read, or "".
       format: "JPEG", "PNG", ... by its content.
       size: height and width in pixels.
+      halvings: how often it must be halved to be decoded whole, see `images.halvings`.
       content: a hash of its bytes.
       look: a hash of its pixels at a small size.
       perceptual: another one, of 64 bits, most of which small changes leave as they are.
@@ -54,6 +56,7 @@ class Finding:
     problem: str = ""
     format: str = ""
     size: tuple[int, int] = (0, 0)
+    halvings: int = 0
     content: bytes = b""
     look: bytes = b""
     perceptual: int = 0
@@ -96,29 +99,78 @@ def _examine_one(name: str, records: Records, index: int) -> Finding:
         encoded, _ = records.read(index)
         kind, height, width = header(encoded)
         small = load(encoded, _SMALL)
-    except OSError as error:
-        return Finding(name, path, f"can't be read: {error.strerror or error}")
-    except ImageError as error:
-        return Finding(name, path, str(error))
+        times = halvings(encoded)
+    except (OSError, ImageError) as error:
+        return Finding(name, path, _reason(error))
     bits = imagehash.phash(Image.fromarray(small)).hash
     perceptual = int.from_bytes(np.packbits(bits).tobytes())
     hashes = (_hash(encoded), _hash(small), perceptual)
-    return Finding(name, path, "", kind, (height, width), *hashes)
+    return Finding(name, path, "", kind, (height, width), times, *hashes)
 
 
-def duplicates(findings: Iterable[Finding]) -> list[list[Finding]]:
-    """Returns groups of images of the same bytes, or of the same pixels in another file."""
+def _reason(error: OSError | ImageError) -> str:
+    if isinstance(error, OSError):
+        return f"can't be read: {error.strerror or error}"
+    return str(error)
+
+
+class Lost(dict[str, str]):
+    """Images that could not be read once more, after they were examined: {path: why}."""
+
+    def load(
+        self, path: str, shape: tuple[int, int, int], fit: str = "stretch"
+    ) -> np.ndarray | None:
+        """Returns an image as `images.load` does; None, and keeps why, if it is gone or damaged."""
+        try:
+            return load(read_file(path), shape, fit=fit)
+        except (OSError, ImageError) as error:
+            self[path] = _reason(error)
+            return None
+
+
+def duplicates(findings: Iterable[Finding], lost: Lost) -> list[list[Finding]]:
+    """Returns groups of images of the same bytes, or of the same pixels in another file.
+
+    Where one is too large to be decoded whole, pixels are compared halved as often as `halved`
+    says of the group.
+
+    Args:
+      findings: of all images.
+      lost: gets those that can't be compared.
+    """
     readable = [finding for finding in findings if not finding.problem]
     found = []
     for alike in _groups(readable, lambda finding: (finding.look, finding.size)):
         same_bytes = len({finding.content for finding in alike}) == 1
         # Small copies may be equal where the images are not.
-        found += [alike] if same_bytes else _groups(alike, _pixels)
+        found += [alike] if same_bytes else _same_pixels(alike, lost)
     return found
 
 
+def _same_pixels(findings: Sequence[Finding], lost: Lost) -> list[list[Finding]]:
+    """Returns the groups of the same pixels among images of one size."""
+    times = halved(findings)
+    height, width = (side // 2**times for side in findings[0].size)
+    hashes = {}
+    for finding in findings:
+        pixels = lost.load(finding.path, (height, width, 3))
+        if pixels is not None:
+            hashes[finding.path] = _hash(pixels)
+    there = [finding for finding in findings if finding.path in hashes]
+    found = []
+    for group in _groups(there, lambda finding: hashes[finding.path]):
+        # Without those that had to be halved, the others can be told apart at a larger size.
+        found += [group] if halved(group) == times else _same_pixels(group, lost)
+    return found
+
+
+def halved(group: Iterable[Finding]) -> int:
+    """Returns how often duplicates were halved before their pixels were compared."""
+    return max(finding.halvings for finding in group)
+
+
 def alike(
-    findings: Iterable[Finding], known: Iterable[Sequence[Finding]] = ()
+    findings: Iterable[Finding], known: Iterable[Sequence[Finding]], lost: Lost
 ) -> list[list[Finding]]:
     """Returns groups of images of other splits or classes that show the same picture: copies that
     were saved again, in another format or size.
@@ -126,6 +178,7 @@ def alike(
     Args:
       findings: of all images.
       known: groups that are not to be found again, see `duplicates`.
+      lost: gets those that can't be compared.
     """
     readable = [finding for finding in findings if not finding.problem]
     if not readable:
@@ -134,7 +187,12 @@ def alike(
     hashes = np.array([finding.perceptual for finding in readable], np.uint64)
     place = {key: i for i, key in enumerate({(f.split, f.label) for f in readable})}
     places = np.array([place[f.split, f.label] for f in readable])
-    small = lru_cache(maxsize=4096)(_small)
+
+    @lru_cache(maxsize=4096)
+    def small(path: str) -> np.ndarray | None:
+        pixels = lost.load(path, _SMALL)
+        return None if pixels is None else pixels.astype(np.int16)
+
     groups: dict[int, list[int]] = {}
     for start in range(0, len(readable), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -146,8 +204,10 @@ def alike(
             for j in earlier[np.argsort(distances[row, earlier], kind="stable")][:_NEAREST]:
                 one, other = readable[i], readable[j]
                 same = group_of.get(one.path, i) == group_of.get(other.path, -1)
-                difference = np.abs(small(one.path) - small(other.path)).mean()
-                if not same and difference <= _LEVELS:
+                pixels, others = small(one.path), small(other.path)
+                if same or pixels is None or others is None:
+                    continue
+                if np.abs(pixels - others).mean() <= _LEVELS:
                     group = groups.setdefault(int(j), [int(j)])
                     group.append(i)
                     groups[i] = group
@@ -156,20 +216,12 @@ def alike(
     return [[readable[i] for i in group] for group in distinct.values()]
 
 
-def _small(path: str) -> np.ndarray:
-    return load(Path(path).read_bytes(), _SMALL).astype(np.int16)
-
-
 def _groups(findings: Iterable[Finding], key: Callable[[Finding], Any]) -> list[list[Finding]]:
     """Returns the findings that share a key with another one."""
     groups = collections.defaultdict(list)
     for finding in findings:
         groups[key(finding)].append(finding)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def _pixels(finding: Finding) -> bytes:
-    return _hash(load(Path(finding.path).read_bytes(), (*finding.size, 3)))
 
 
 def _hash(data: bytes | np.ndarray) -> bytes:
@@ -227,11 +279,12 @@ def _cell(name: str) -> str:
 
 
 def contact_sheet(
-    classes: Sequence[str], findings: Iterable[Finding], per_class: int
+    classes: Sequence[str], findings: Iterable[Finding], per_class: int, lost: Lost
 ) -> Image.Image:
     """Returns some images of each class, spread over it, below the class's name.
 
-    They are training images, or those of the first split if there are none.
+    They are training images, or those of the first split if there are none. The place of one that
+    can't be read stays white, and `lost` gets it.
     """
     members = collections.defaultdict(list)
     first = None
@@ -256,8 +309,9 @@ def contact_sheet(
         paths = members[label]
         chosen = dict.fromkeys(int(n * len(paths) / per_class) for n in range(per_class))
         for column, n in enumerate(chosen if paths else ()):
-            pixels = load(Path(paths[n]).read_bytes(), (_THUMBNAIL, _THUMBNAIL, 3), fit="crop")
-            sheet.paste(Image.fromarray(pixels), (x + column * _THUMBNAIL, y + _LINE))
+            pixels = lost.load(paths[n], (_THUMBNAIL, _THUMBNAIL, 3), fit="crop")
+            if pixels is not None:
+                sheet.paste(Image.fromarray(pixels), (x + column * _THUMBNAIL, y + _LINE))
     return sheet
 
 

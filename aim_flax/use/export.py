@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aim_flax import files
 from aim_flax.errors import UsageError
+from aim_flax.names import printable
 from aim_flax.use.predictor import Predictor, probabilities
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -97,7 +98,7 @@ def write_network(place: Path, predictor: Predictor) -> None:
     saved = about(predictor)
     words = {key: saved[key] for key in ("name", "arm", "seed", "step")}
     shape = ("images", *predictor.shape)
-    words |= {"file": place.name, "shape": shape, "classes": len(saved["classes"])}
+    words |= {"file": printable(place.name), "shape": shape, "classes": len(saved["classes"])}
     contents = {
         "README.txt": _README.format(**words, jax=jax.__version__),
         "__main__.py": Path(__file__).with_name("exported_main.py").read_text(),

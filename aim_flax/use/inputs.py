@@ -1,25 +1,33 @@
 """The image files that a user means by names, folders and patterns."""
 
+import collections
 import glob
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from aim_flax.data.folder import SUFFIXES
-from aim_flax.errors import UsageError, nearest
+from aim_flax.data.folder import FORMATS, MORE_SUFFIXES, scan
+from aim_flax.errors import UsageError, check_choice, nearest
+from aim_flax.names import printable
 
 
-def find(places: Iterable[str]) -> list[str]:
+def find(places: Iterable[str], formats: str = "usual") -> list[str]:
     """Returns the files that are meant, each once, in the order of the places.
+
+    What folders hold besides is counted in a line on standard error for each place.
 
     Args:
       places: files of any suffix; folders, of which all images are meant, those in folders within
         them too, but no hidden ones; or patterns of files and folders, with *, ? and [...], ** for
         any number of folders.
+      formats: which images of a folder are meant, of FORMATS, as for `read_folder`.
 
     Raises:
       UsageError: a place where there is nothing, or no image.
     """
+    check_choice("data.formats", formats, FORMATS)
+    suffixes = FORMATS[formats]
     found: list[str] = []
     for place in places:
         if os.path.exists(place):
@@ -35,27 +43,48 @@ def find(places: Iterable[str]) -> list[str]:
             names = os.listdir(siblings) if siblings.is_dir() else []
             close = nearest(os.path.basename(place), names)
             raise UsageError(f"{place} does not exist{close}")
-        files = [file for match in matches for file in _images(match)]
+        others: collections.Counter[str] = collections.Counter()
+        files = [file for match in matches for file in _images(match, suffixes, others)]
+        beside = f"passed over {_counted(others)}" if others else ""
         if not files:
-            raise UsageError(f"{place} has no images, expected {', '.join(SUFFIXES)}")
+            raise UsageError(
+                f"{place} has no images, expected {', '.join(suffixes)}"
+                + (f"; {beside}" if beside else "")
+            )
+        if beside:
+            print(printable(f"{place}: {beside}"), file=sys.stderr, flush=True)
         found += files
     return list(dict.fromkeys(found))
 
 
-def _images(place: str) -> list[str]:
+def _images(place: str, suffixes: Sequence[str], others: collections.Counter[str]) -> list[str]:
+    """Returns a file, or the images of a folder; adds to the numbers of what else lies there."""
     if os.path.isfile(place):
         return [place]
     if not os.path.isdir(place):
         raise UsageError(f"{place} is no file and no folder")
-
-    def fail(error: OSError) -> None:
-        raise UsageError(f"{error.filename} can't be read: {error.strerror}")
-
-    found = []
-    for folder, folders, files in os.walk(place, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images = (name for name in sorted(files) if name.lower().endswith(SUFFIXES))
-        paths = (os.path.join(folder, name) for name in images if not name.startswith("."))
-        # Not what is no file in spite of its name: reading a pipe would wait without end.
-        found += [path for path in paths if os.path.isfile(path)]
+    found: list[str] = []
+    waiting: list[tuple[str, frozenset[str]]] = [(place, frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        # Links to folders are followed, as in training; one back to where it lies in has no end.
+        real = os.path.realpath(folder)
+        if real in above:
+            others["links in a circle"] += 1
+            continue
+        problems: list[str] = []
+        inner = scan(Path(folder), problems, suffixes)
+        if problems:
+            raise UsageError(problems[0])
+        found += [os.path.join(folder, name) for name in inner.images]
+        others.update(inner.others.values())
+        within = above | {real}
+        waiting += [(os.path.join(folder, name), within) for name in reversed(inner.folders)]
     return found
+
+
+def _counted(others: Mapping[str, int]) -> str:
+    """Returns a text like "3 .gif, 1 .txt; patterns, such as '*.gif', take .gif"."""
+    more = [kind for kind in sorted(others) if kind in MORE_SUFFIXES]
+    hint = f"; patterns, such as '*{more[0]}', take {', '.join(more)}" if more else ""
+    return ", ".join(f"{others[kind]:,} {kind}" for kind in sorted(others)) + hint

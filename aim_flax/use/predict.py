@@ -11,6 +11,7 @@ import numpy as np
 
 from aim_flax import files
 from aim_flax.errors import DataError, UsageError
+from aim_flax.names import printable
 from aim_flax.use.predictor import Prediction, Predictor
 
 _BATCH = 32
@@ -54,7 +55,7 @@ def predictions(
                 if isinstance(pixels, np.ndarray):
                     pairs.append((path, pixels))
                 elif skip:
-                    print(f"left out: {pixels}", file=sys.stderr, flush=True)
+                    print(printable(f"left out: {pixels}"), file=sys.stderr, flush=True)
                 else:
                     for future in ahead:
                         future.cancel()
@@ -72,13 +73,16 @@ def predictions(
 
 
 def line(found: Found, top: int) -> str:
-    """Returns a file's most probable classes on one line."""
+    """Returns a file's most probable classes on one line, whatever is in the names."""
     classes = [f"{name} {share:.2%}" for name, share in found.prediction.top(top)]
-    return f"{found.file}: {', '.join(classes)}"
+    return printable(f"{found.file}: {', '.join(classes)}")
 
 
 def write_csv(place: Path, all_found: Sequence[Found], top: int) -> None:
-    """Writes a row per image: file, class, probability, and the next classes with theirs."""
+    """Writes a row per image: file, class, probability, and the next classes with theirs.
+
+    Names stand as they are, also those that a spreadsheet takes for formulas: programs read them.
+    """
     columns, rows = ["image", "class", "probability"], []
     count = min(top, len(all_found[0].prediction.classes))
     columns += [f"{column}_{i}" for i in range(2, count + 1) for column in columns[1:3]]

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from flax import linen as nn
 from aim_flax.data.preprocessing import Preprocessing
 from aim_flax.errors import DataError, UsageError
 from aim_flax.models.build import trained
+from aim_flax.names import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -95,6 +97,8 @@ class Predictor:
     def from_run(cls, workdir: str | Path, checkpoint: str | int = "best") -> "Predictor":
         """Restores a checkpoint of a run; nothing but its directory is needed.
 
+        Where that doesn't name the classes, the dataset does, and a line on standard error says so.
+
         Args:
           workdir, checkpoint: as for `train.restore.restore_run`.
 
@@ -104,11 +108,19 @@ class Predictor:
         """
         # Imported here because checkpoints take a second, which `from aim_flax import AiM` doesn't
         # need.
-        from aim_flax.train.dataset_record import classes_of
+        from aim_flax.train.dataset_record import DATASET, classes_of
         from aim_flax.train.restore import restore_run
 
         restored = restore_run(workdir, checkpoint)
         classes = classes_of(Path(workdir), restored.config)
+        if not (Path(workdir) / DATASET).is_file():
+            data = restored.config.data
+            # Nothing tells whether a class has had another name in training.
+            message = (
+                f"{workdir} has no {DATASET}: its classes are named as in"
+                f" {data.get('dir') or data.name}, as that is now"
+            )
+            print(printable(message), file=sys.stderr, flush=True)
         return cls(restored.config, restored.model, restored.variables, classes, restored.step)
 
     def __call__(self, image: "str | os.PathLike | bytes | np.ndarray | Image.Image") -> Prediction:
