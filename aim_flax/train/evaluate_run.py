@@ -27,6 +27,7 @@ from aim_flax.evaluate import effects, report
 from aim_flax.evaluate import memory_pictures as pictures
 from aim_flax.evaluate.evaluation import Evaluation, build_evaluate
 from aim_flax.evaluate.interventions import Choosable, intervene, layers
+from aim_flax.names import printable
 from aim_flax.train import dataset_record
 from aim_flax.train.page import page, write_page
 from aim_flax.train.restore import Restored, restore_run
@@ -285,7 +286,8 @@ def picture_memory(
         written = pictures.write(
             workdir, opened.label, notebooks, opened.classes, context, opened.title
         )
-    print(f"{workdir}, step {restored.step}, {len(notebooks.labels)} images: {', '.join(written)}")
+    images = f"{len(notebooks.labels)} images: {', '.join(written)}"
+    print(f"{printable(workdir)}, step {restored.step}, {images}")
 
 
 def _images(config: ConfigDict) -> jax.ShapeDtypeStruct:
@@ -296,6 +298,7 @@ def _images(config: ConfigDict) -> jax.ShapeDtypeStruct:
 def _heading(workdir: Path, opened: _Opened, evaluation: Evaluation) -> str:
     left_out = f" ({evaluation.skipped} left out)" if evaluation.skipped else ""
     return (
-        f"{workdir}, step {opened.restored.step}, {opened.split} split, {evaluation.count}"
+        f"{printable(workdir)}, step {opened.restored.step}, {opened.split} split,"
+        f" {evaluation.count}"
         f" images{left_out}"
     )
