@@ -20,6 +20,7 @@ from tests.runs import ROOT, read_csv, read_json
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+UNWRITTEN = "published_no_update"
 README = (ROOT / "README.md").read_text()
 STUDIES = {
     "digits_mlp": range(10),
@@ -29,6 +30,7 @@ STUDIES = {
     "small_resnet_cifar10": range(10),
     "small_resnet_grocery": range(10),
     "pretrained_grocery": range(5),
+    "predictions": range(400, 405),
 }
 
 
@@ -91,6 +93,12 @@ def test_first_screen_says_what_the_committed_results_are():
     p = ttest_rel(found["aim"], found["aim_no_update"]).pvalue
     writing, whole = (points(cifar10, "aim", arm) for arm in ("aim_no_update", "control_stride1"))
     assert f"adds {writing} points (p = {p:.3f}), and the memory gains {whole} in all" in summary
+    gains = [points("predictions", arm, "control_stride1") for arm in ("position_bias", UNWRITTEN)]
+    assert f"gains {gains[0]} points where the memory gains {gains[1]}" in summary
+    left = float(points("predictions", "roll_no_update", "roll_control")) / float(gains[1])
+    assert "half of its gain stays where every image is shifted" in summary
+    assert 0.4 < left < 0.6
+    assert "in the first five of ten seeds" in summary
     found = accuracies("pretrained_grocery")
     p = ttest_rel(found["aim"], found["control"]).pvalue
     gain = 100 * (found["aim"] - found["control"]).mean()
