@@ -144,9 +144,10 @@ def check_unseen(workdir: Path, there: Fingerprint, here: Fingerprint, split: st
       there: the images of the run.
       here: those of the dataset as it is now.
     """
+    if split == "train":
+        return
     for of, seen in (("train", "was trained on"), ("val", "chose its best epoch by")):
-        if of == split or split == "train":
-            continue
+        # Of a split itself none are new to it.
         if count := taken_over(there, here, split, of):
             raise UsageError(
                 f"{count:,} of the {len(here.marks[split]):,} images of the {split} split are ones"

@@ -299,6 +299,5 @@ def _heading(workdir: Path, opened: _Opened, evaluation: Evaluation) -> str:
     left_out = f" ({evaluation.skipped} left out)" if evaluation.skipped else ""
     return (
         f"{printable(workdir)}, step {opened.restored.step}, {opened.split} split,"
-        f" {evaluation.count}"
-        f" images{left_out}"
+        f" {evaluation.count} images{left_out}"
     )
