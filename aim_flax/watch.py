@@ -41,17 +41,23 @@ class Channel:
     def __init__(self, descriptor: int):
         os.set_inheritable(descriptor, False)
         self._socket = socket.socket(fileno=descriptor)
+        self._heard = threading.Semaphore(0)
         threading.Thread(target=self._end_with_parent, daemon=True).start()
 
     def tell(self, **words: Any) -> None:
-        """Tells the parent what it should know when this process ends, see `Told`."""
+        """Tells the parent what it should know when this process ends, see `Told`.
+
+        Returns when the parent knows it, as what it does with a signal depends on it.
+        """
         with contextlib.suppress(OSError):
             self._socket.sendall(json.dumps(words).encode() + b"\n")
+            self._heard.acquire(timeout=5)
 
     def _end_with_parent(self) -> None:
-        # The parent sends nothing: this returns when it has ended.
+        # The parent sends a byte for each line that it has read, and nothing when it has ended.
         with contextlib.suppress(OSError):
-            self._socket.recv(1)
+            while self._socket.recv(1):
+                self._heard.release()
         os._exit(LOST)
 
 
@@ -130,7 +136,7 @@ class _Parent:
             if signum == asks or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self._pass_on)
         readers = [
-            threading.Thread(target=self._listen, args=[here.makefile("rb")], daemon=True),
+            threading.Thread(target=self._listen, args=[here], daemon=True),
             threading.Thread(target=self._read, args=[self._child.stderr], daemon=True),
         ]
         for reader in readers:
@@ -150,10 +156,11 @@ class _Parent:
             self._passed.append(signum)
         self._child.send_signal(signum)
 
-    def _listen(self, lines: IO[bytes]) -> None:
+    def _listen(self, channel: socket.socket) -> None:
         with contextlib.suppress(OSError, ValueError):
-            for line in lines:
+            for line in channel.makefile("rb"):
                 self._told = dataclasses.replace(self._told, **json.loads(line))
+                channel.sendall(b"\n")
 
     def _read(self, lines: IO[bytes]) -> None:
         """Passes on what the child says on standard error, up to what the service says."""

@@ -129,6 +129,17 @@ while True:
     assert_gone(child)
 
 
+def test_what_a_child_has_told_holds_for_a_signal_that_comes_at_once(tmp_path):
+    """Three times, as it was a race."""
+    code = """
+signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(3))
+tell(index=0, count=1)
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    assert [ended(code, tmp_path) for _ in range(3)] == 3 * [(3, "")]
+
+
 def test_before_there_is_anything_to_save_the_first_signal_ends_both(tmp_path):
     """Also where the child is in C++ and hears nothing, as while it waits for the others."""
     code = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('ready', flush=True)\n"
