@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from aim_flax.layers import convolution as layer
 from aim_flax.layers.convolution import convolution
 from tests.arrays import draw
 from tests.asserts import assert_close
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
 
+@pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 3)])
 @pytest.mark.parametrize(
     # Windows of the input, the convolution, taps, windows of the output's changes, and of a kernel
@@ -25,7 +27,10 @@ NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
     ("kernel", "padding"),
     [((3, 3), "SAME"), ((5, 6), "VALID"), ((5, 3), [(2, 0), (1, 3)]), ((2, 4), [(0, 4), (3, 0)])],
 )
-def test_outputs_and_gradients_are_those_of_jax(channels, kernel, strides, padding):
+def test_outputs_and_gradients_are_those_of_jax(
+    monkeypatch, channels, kernel, strides, padding, avx512
+):
+    monkeypatch.setattr(layer, "_has_avx512", lambda: avx512)
     check((9, 8), channels, kernel, strides, padding)
 
 

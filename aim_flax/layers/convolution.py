@@ -1,21 +1,28 @@
 """Convolutions of images that are quick, with their gradients, on XLA's CPU.
 
-XLA computes the gradient of a kernel as a convolution with windows as large as the map, which takes
-two to four times as long as the convolution itself where it has many features. There it is a sum of
-matrix products here: over the taps of the kernel, or, where one of the two arrays has few channels,
-over its rows, with windows of that array's columns side by side. A large kernel from few channels
-to few features, such as a small network's first, is one product, of which parts are added up. Where
-a kernel is larger than its map, as in the last stages of networks for small images, XLA takes up to
-a hundred times as long as the product with all windows side by side. Elsewhere all is left to XLA.
+XLA computes the gradient of a kernel as a convolution with windows as large as the map. To few
+features that takes up to six times as long as products over the kernel's rows, with windows of the
+output's changes side by side. On CPUs without AVX-512 it takes two to four times as long as the
+convolution itself also from few channels and to many features; there it is a sum of products over
+the rows, or over the taps. The gradient of an input takes XLA a transposed kernel: where that is
+large and the map small, one product with the kernel as it lies is quicker, whose parts are added
+up. So is one product, in other parts, of a large kernel from few channels to few features, such as
+a small network's first. Where a kernel is larger than its map, as in the last stages of networks
+for small images, XLA takes up to a hundred times as long as the product with all windows side by
+side. Elsewhere all is left to XLA.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from aim_flax.layers.sums import sum_dtype
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 _NUMBERS = ("NHWC", "HWIO", "NHWC")
@@ -149,19 +156,64 @@ def _backward(
         taps = shifted(x, kernel.shape[:2], change.shape[1:3], strides)
         return _products(multiply, taps, change, kernel.shape)
 
-    def of_input(way: Any, kernel: jax.Array, change: jax.Array) -> jax.Array:
-        return jax.vjp(lambda x: way(x, kernel, **given), x)[1](change)[0]
-
     windows_of_changes = channels >= 4 * features and strides == (1, 1)
     # Those of few channels are convolved as quickly, or quicker, and need no room beside them.
-    few = not windows_of_changes and (features <= 16 or 8 <= channels <= 32)
-    ways = {"default": as_convolution, "cpu": as_convolution if few else as_products}
+    few = features <= 16 or 8 <= channels <= 32
+    left = not windows_of_changes and (few or _has_avx512())
+    ways = {"default": as_convolution, "cpu": as_convolution if left else as_products}
     of_kernel = jax.lax.platform_dependent(x, change, **ways)
-    # The input's is a convolution of the changes.
-    if not _is_larger(kernel, x) and not _is_larger(kernel, change):
-        return of_input(plain, kernel, change), of_kernel
-    ways = {"default": partial(of_input, plain), "cpu": partial(of_input, _in_windows)}
+
+    def as_transposed(kernel: jax.Array, change: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: plain(x, kernel, **given), x)[1](change)[0]
+
+    def as_product(kernel: jax.Array, change: jax.Array) -> jax.Array:
+        return _to_input(kernel, change, x.shape[1:3], **given)
+
+    larger = _is_larger(kernel, x) or _is_larger(kernel, change)
+    whole = larger or kernel.size >= 2 * change.size
+    ways = {"default": as_transposed, "cpu": as_product if whole else as_transposed}
     return jax.lax.platform_dependent(kernel, change, **ways), of_kernel
+
+
+def _to_input(
+    kernel: jax.Array,
+    change: jax.Array,
+    size: Sequence[int],
+    strides: tuple[int, int],
+    pads: Pads,
+    precision: Any,
+) -> jax.Array:
+    """Returns an input's gradient, (B, *size, C), of one product with the kernel as it lies."""
+    rows, columns, channels, features = kernel.shape
+    product = jax.lax.dot_general(
+        change.reshape(-1, features),
+        kernel.reshape(-1, features),
+        (((1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=sum_dtype(change.dtype),
+    )
+    product = product.reshape(*change.shape[:3], rows, columns, channels)
+
+    def around(tap: int, axis: int) -> tuple[int, int, int]:
+        before, stride = tap - pads[axis][0], strides[axis]
+        behind = size[axis] - before - (change.shape[1 + axis] - 1) * stride - 1
+        return before, behind, stride - 1
+
+    first, *others = (
+        pad(product[:, :, :, i, j], (around(i, 0), around(j, 1)))
+        for i in range(rows)
+        for j in range(columns)
+    )
+    return sum(others, first).astype(change.dtype)
+
+
+@functools.cache
+def _has_avx512() -> bool:
+    """Returns whether this machine's CPU has AVX-512, as far as Linux says so."""
+    try:
+        return "avx512f" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _is_larger(kernel: jax.Array, x: jax.Array) -> bool:
