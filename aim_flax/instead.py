@@ -62,7 +62,7 @@ class Instead(nn.Module):
         By linearity that is a bias-free layer of these channels, added to the output; its kernel,
         `coords/kernel`, is the rest of the layer's wider kernel, and starts as that would.
         "position_bias": `position_bias/bias`, one number for each position and channel of the
-        output, is added to it. It starts at zero. Weights fit maps of one size only.
+        output, is added to it. Weights fit maps of one size only.
         "squeeze_excite": the output's channels are multiplied by sigmoid(W2·relu(W1·z)), where z is
         their mean over the positions; of a layer of vectors the output itself. W1 and W2, without
         biases, are `squeeze_excite/squeeze` and `squeeze_excite/excite` (J. Hu et al.,
@@ -71,6 +71,8 @@ class Instead(nn.Module):
         over its last axis. Other modules that a pattern matches are left alone.
       hidden: of "squeeze_excite", the size of z after W1: for each layer in the order of the first
         calls, or one for all; (): a 16th of the layer's channels, at least 1.
+      stddev: of "position_bias", the standard deviation of its initial values, which are normal, as
+        what kernels drawn at random read from a memory is at first nearly; 0: it starts at zero.
       mode: the name of the backbone's mode argument, as in `AiM`.
       watch: called with the `At` of each layer, in the order of the calls.
 
@@ -83,6 +85,7 @@ class Instead(nn.Module):
     kind: str
     at: Patterns
     hidden: Sequence[int] = ()
+    stddev: float = 0.0
     mode: str | None = None
     watch: Callable[[At], None] | None = None
 
@@ -132,6 +135,10 @@ class Instead(nn.Module):
             raise UsageError(f"hidden is of squeeze_excite, but kind is {self.kind!r}: leave it ()")
         if not all(isinstance(size, int) and size >= 1 for size in self.hidden):
             raise UsageError(f"hidden is {self.hidden!r}, expected sizes of at least 1")
+        if self.stddev and self.kind != "position_bias":
+            raise UsageError(f"stddev is of position_bias, but kind is {self.kind!r}: leave it 0")
+        if not 0 <= self.stddev < math.inf:
+            raise UsageError(f"stddev is {self.stddev}, expected a number of at least 0")
 
 
 class _Latch:
@@ -194,7 +201,7 @@ class _Latch:
         if instead.kind == "coords":
             return _with_coords(call, y, scope)
         if instead.kind == "position_bias":
-            return _with_bias(call, y, scope)
+            return _with_bias(call, y, scope, instead.stddev)
         return _gated(call, y, scope, self._hidden(number, channels))
 
     def _check_place(self, call: Call, y: Any) -> None:
@@ -310,19 +317,21 @@ def _last_inputs(
 
 
 class _Bias(nn.Module):
-    """A number for each position and channel, (*shape,), at first 0."""
+    """A number for each position and channel, (*shape,)."""
 
     shape: tuple[int, ...]
+    stddev: float
     param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return self.param("bias", nn.initializers.zeros, self.shape, self.param_dtype)
+        init = nn.initializers.normal(self.stddev)
+        return self.param("bias", init, self.shape, self.param_dtype)
 
 
-def _with_bias(call: Call, y: jax.Array, scope: Scope) -> jax.Array:
+def _with_bias(call: Call, y: jax.Array, scope: Scope, stddev: float) -> jax.Array:
     try:
-        bias = _Bias(y.shape[1:], call.module.param_dtype, parent=scope)()
+        bias = _Bias(y.shape[1:], stddev, call.module.param_dtype, parent=scope)()
     except ScopeParamShapeError as error:
         raise UsageError(
             f"at matches {call.path!r}, whose output has"

@@ -104,6 +104,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "memory.update_block.epsilon": _ABOVE_0,
     "memory.learning_rate_scale": _NUMBER,
     "instead.hidden": _each("hidden sizes of the gates"),
+    "instead.stddev": _NUMBER,
     "optimizer.learning_rate": _NUMBER,
     "optimizer.b1": _below(1),
     "optimizer.b2": _below(1),

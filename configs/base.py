@@ -143,6 +143,7 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     # Of squeeze_excite, the gates' hidden sizes: one for all layers, or one for each, in the order
     # of the calls; (): a 16th of a layer's channels.
     config.instead.hidden = ()
+    config.instead.stddev = 0.0  # of position_bias: that of its normal initial values
 
     if model == "mlp":
         config.model.features = (256, 256)  # of each hidden layer

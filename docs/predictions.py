@@ -1,9 +1,10 @@
 """Prints the last two columns of docs/predictions.md: what was measured, and what comes of it.
 
-    python docs/predictions.py [results/predictions.csv results/predictions_long.csv]
+    python docs/predictions.py [FILE FILE FILE]
 
-The rules are those of the page, which stood before the runs. A file that isn't there leaves the
-columns of its predictions empty.
+The files are those of the three studies, results/predictions.csv, predictions_long.csv and
+patterns.csv. The rules are those of the page, which stood before the runs. A file that isn't there
+leaves the columns of its predictions empty.
 """
 
 import sys
@@ -15,22 +16,24 @@ from aim_flax.study.results import accuracies_by_arm, read_recorded
 from aim_flax.study.table import interval
 
 RESULTS = Path(__file__).parents[1] / "results"
-FILES = (RESULTS / "predictions.csv", RESULTS / "predictions_long.csv")
+FILES = tuple(RESULTS / f"{name}.csv" for name in ("predictions", "predictions_long", "patterns"))
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 # What an arm is compared with, if it isn't `control_stride1`.
 _TRAINED_SO = {"roll_": "roll_control", "noflip_": "noflip_control"}
 
-# An arm's gain: its differences in test accuracy from the control of the same seeds.
-Gain = Callable[[str], Summary]
+# An arm's gain: its differences in test accuracy from the control, or another arm, of the same
+# seeds.
+Gain = Callable[..., Summary]
 
 
 def gains(file: Path) -> Gain:
     """Returns the gain of each arm of a study's results."""
     arms = accuracies_by_arm(read_recorded(file))
 
-    def gain(arm: str) -> Summary:
+    def gain(arm: str, reference: str | None = None) -> Summary:
         start = next((start for start in _TRAINED_SO if arm.startswith(start)), None)
-        return compare(arms, _TRAINED_SO.get(start, "control_stride1"))[arm].summary
+        reference = reference or _TRAINED_SO.get(start, "control_stride1")
+        return compare(arms, reference)[arm].summary
 
     return gain
 
@@ -61,29 +64,58 @@ def of_study(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
     yield arms, outcome(without.low > plain.mean, without.high < plain.mean)
 
 
-def rows(short: Path, long: Path) -> list[tuple[str, str]]:
+def of_patterns(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the arms that predictions 8 to 12 are about, and what comes of each."""
+    plain, added, large = (gain(a) for a in ("published_no_update", "add_random", "bias_random"))
+    apart = gain("add_random", "published_no_update")
+    holds = apart.low <= 0 <= apart.high and added.mean >= 0.75 * plain.mean
+    yield ("published_no_update", "add_random"), outcome(holds, added.mean < 0.5 * plain.mean)
+    yield ("add_random", "add_zero"), _below_half(gain("add_zero"), added)
+    holds = large.mean >= 0.75 * plain.mean and large.low > 0
+    yield ("published_no_update", "bias_random"), outcome(holds, large.mean < 0.5 * plain.mean)
+    frozen = gain("bias_frozen")
+    holds = frozen.mean >= 0.5 * large.mean and frozen.low > 0
+    yield ("bias_random", "bias_frozen"), outcome(holds, frozen.mean < 0.25 * large.mean)
+    yield ("bias_random", "bias_small"), _below_half(gain("bias_small"), large)
+
+
+def _below_half(small: Summary, whole: Summary) -> str:
+    return outcome(small.mean < 0.5 * whole.mean, small.mean > 0.75 * whole.mean)
+
+
+def rows(short: Path, long: Path, patterns: Path) -> list[tuple[str, str]]:
     """Returns what was measured and what comes of it, for each prediction in turn."""
-    if not short.is_file():
-        return [("", "")] * 7
-    gain = gains(short)
-    found = [
-        ("; ".join(f"`{arm}` {_told(gain(arm))}" for arm in arms), result)
-        for arms, result in of_study(gain)
+    return [
+        *_of_file(short, of_study, count=6),
+        _of_longer(short, long),
+        *_of_file(patterns, of_patterns, count=5),
     ]
-    if not long.is_file():
-        return [*found, ("", "")]
-    before, after = gain("published_no_update"), gains(long)("published_no_update")
+
+
+def _of_file(file: Path, rules: Callable[[Gain], Iterator], count: int) -> list[tuple[str, str]]:
+    if not file.is_file():
+        return [("", "")] * count
+    gain = gains(file)
+    return [
+        ("; ".join(f"`{arm}` {_told(gain(arm))}" for arm in arms), result)
+        for arms, result in rules(gain)
+    ]
+
+
+def _of_longer(short: Path, long: Path) -> tuple[str, str]:
+    if not (short.is_file() and long.is_file()):
+        return "", ""
+    before, after = (gains(file)("published_no_update") for file in (short, long))
     result = outcome(after.high < before.mean, after.low > before.mean)
-    told = f"10 epochs of 5,000: {_told(before)}; 30 of 20,000: {_told(after)}"
-    return [*found, (told, result)]
+    return f"10 epochs of 5,000: {_told(before)}; 30 of 20,000: {_told(after)}", result
 
 
 def _told(gain: Summary) -> str:
     return f"{interval(gain)}, {gain.n} seeds"
 
 
-def main(short: Path = FILES[0], long: Path = FILES[1]) -> None:
-    for number, (measured, result) in enumerate(rows(short, long), start=1):
+def main(*files: Path) -> None:
+    for number, (measured, result) in enumerate(rows(*(files or FILES)), start=1):
         print(f"{number} | {measured} | {result}")
 
 

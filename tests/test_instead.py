@@ -398,6 +398,16 @@ def test_weights_of_the_plain_network_are_a_start(tmp_path):
         assert_equal(found, given)
 
 
+def test_a_bias_per_position_can_start_at_random():
+    net = Instead(Wide(nn.Conv, (("kernel_size", (3, 3)),)), "position_bias", "layer", stddev=0.5)
+    variables, again = (jax.jit(net.init)(key, draw(2, 8, 8, 4)) for key in (KEY, KEY))
+    bias = variables["params"]["layer"]["position_bias"]["bias"]
+    assert bias.shape == (8, 8, 512)
+    assert bias.mean() == pytest.approx(0, abs=0.01)
+    assert bias.std() == pytest.approx(0.5, rel=0.01)
+    assert_equal(variables, again)
+
+
 # --- Mistakes ----------------------------------------------------------------------------------
 
 
@@ -417,6 +427,8 @@ def test_weights_of_the_plain_network_are_a_start(tmp_path):
         ),
         (dict(at="head", kind="position_bias"), "no positions, which position_bias is of"),
         (dict(hidden=(3,)), "hidden is of squeeze_excite, but kind is 'coords'"),
+        (dict(stddev=1.0), "stddev is of position_bias, but kind is 'coords': leave it 0"),
+        (dict(kind="position_bias", stddev=-1.0), "stddev is -1.0, expected a number of at"),
         (dict(kind="squeeze_excite", hidden=(0,)), r"hidden is \(0,\), expected sizes"),
         (
             dict(kind="squeeze_excite", hidden=(1, 2, 3)),

@@ -24,6 +24,14 @@ GAINS = {
     "roll_squeeze_excite": 2.0,
     "noflip_no_update": 8.0,
 }
+PATTERNS = {
+    "published_no_update": 6.0,
+    "add_random": 6.0,
+    "add_zero": 1.0,
+    "bias_random": 5.0,
+    "bias_frozen": 3.0,
+    "bias_small": 1.0,
+}
 CONTROLS = {"control_stride1": 40.0, "roll_control": 20.0, "noflip_control": 35.0}
 
 
@@ -36,22 +44,25 @@ def write(file, gains, spread=0.1):
         control = CONTROLS[f"{start}control" if start else "control_stride1"]
         for seed in range(5):
             points = control + seed  # which seeds share
-            points += gains[arm] + noise[seed] if arm in gains else 0
+            # In another order for each arm, for they are compared with each other as well.
+            points += gains[arm] + noise[(seed + list(gains).index(arm)) % 5] if arm in gains else 0
             row = {"name": "x", "arm": arm, "seed": 400 + seed, "test_accuracy": points / 100}
             rows.append(dict.fromkeys(COLUMNS) | row | {"status": "finished", "params": 9})
     write_csv(file, COLUMNS, rows)
     return file
 
 
-def outcomes(tmp_path, changed=(), spread=0.1, long=3.0):
+def outcomes(tmp_path, changed=(), spread=0.1, long=3.0, of_patterns=()):
     short = write(tmp_path / "short.csv", GAINS | dict(changed), spread)
     after = write(tmp_path / "long.csv", {"published_no_update": long}, spread)
-    return [result for _, result in SCRIPT["rows"](short, after)]
+    patterns = write(tmp_path / "patterns.csv", PATTERNS | dict(of_patterns), spread)
+    return [result for _, result in SCRIPT["rows"](short, after, patterns)]
 
 
 def test_all_can_hold(tmp_path):
-    assert outcomes(tmp_path) == ["holds"] * 7
-    measured = [text for text, _ in SCRIPT["rows"](tmp_path / "short.csv", tmp_path / "long.csv")]
+    assert outcomes(tmp_path) == ["holds"] * 12
+    files = (tmp_path / f"{name}.csv" for name in ("short", "long", "patterns"))
+    measured = [text for text, _ in SCRIPT["rows"](*files)]
     # The interval of five numbers with a standard deviation of 0.079 points.
     assert measured[3] == (
         "`published_no_update` +6.00 (+5.90 to +6.10), 5 seeds; `coords` +3.00 (+2.90 to +3.10),"
@@ -73,7 +84,7 @@ def test_all_can_hold(tmp_path):
     ],
 )
 def test_each_can_fail_alone(tmp_path, number, changed):
-    expected = ["holds"] * 7
+    expected = ["holds"] * 12
     expected[number - 1] = "fails"
     assert outcomes(tmp_path, changed) == expected
 
@@ -91,12 +102,34 @@ def test_each_can_fail_alone(tmp_path, number, changed):
     ],
 )
 def test_each_can_be_undecided_alone(tmp_path, number, changed):
-    expected = ["holds"] * 7
+    expected = ["holds"] * 12
     expected[number - 1] = "undecided"
     assert outcomes(tmp_path, changed) == expected
 
 
-def test_the_last_is_decided_by_longer_training(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "changed", "result"),
+    [
+        (8, {"add_random": 2.9}, "fails"),
+        (8, {"add_random": 4.0}, "undecided"),
+        (8, {"add_random": 8.0}, "undecided"),
+        (9, {"add_zero": 4.6}, "fails"),
+        (9, {"add_zero": 3.1}, "undecided"),
+        (10, {"bias_random": 2.9, "bias_small": 0.1}, "fails"),
+        (10, {"bias_random": 4.0}, "undecided"),
+        (11, {"bias_frozen": 1.2}, "fails"),
+        (11, {"bias_frozen": 2.4}, "undecided"),
+        (12, {"bias_small": 3.8}, "fails"),
+        (12, {"bias_small": 2.6}, "undecided"),
+    ],
+)
+def test_each_of_the_patterns_can_fail_or_be_undecided_alone(tmp_path, number, changed, result):
+    expected = ["holds"] * 12
+    expected[number - 1] = result
+    assert outcomes(tmp_path, of_patterns=changed) == expected
+
+
+def test_that_of_longer_training_is_decided_by_it(tmp_path):
     assert outcomes(tmp_path, long=7.0)[6] == "fails"
     assert outcomes(tmp_path, long=6.02)[6] == "undecided"
 
@@ -107,12 +140,12 @@ def test_wide_intervals_decide_nothing_that_they_contain(tmp_path):
 
 
 def test_page_shows_what_was_measured():
-    found = re.findall(r"^\| \d \|.*\|([^|]*)\|([^|]*)\|$", PAGE, re.MULTILINE)
-    assert len(found) == 7
+    found = re.findall(r"^\| \d+ \|.*\|([^|]*)\|([^|]*)\|$", PAGE, re.MULTILINE)
+    assert len(found) == 12
     shown = [(measured.strip(), result.strip()) for measured, result in found]
     assert shown == SCRIPT["rows"](*SCRIPT["FILES"])
 
 
 def test_nothing_is_measured_without_results(tmp_path, capsys):
-    SCRIPT["main"](tmp_path / "none.csv", tmp_path / "none.csv")
-    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 8))
+    SCRIPT["main"](*[tmp_path / "none.csv"] * 3)
+    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 13))

@@ -130,7 +130,7 @@ def _pattern_of_reads(config: ConfigDict) -> str:
 
 def _put_instead(config: ConfigDict, kind: str, at: str) -> None:
     config.memory = None
-    config.instead = ConfigDict({"kind": kind, "at": at, "hidden": ()})
+    config.instead = ConfigDict({"kind": kind, "at": at, "hidden": (), "stddev": 0.0})
 
 
 def _widen(config: ConfigDict, which: int, what: str) -> None:
