@@ -1,9 +1,9 @@
 """Prints the last two columns of docs/predictions.md: what was measured, and what comes of it.
 
-    python docs/predictions.py [FILE FILE FILE]
+    python docs/predictions.py [FILE FILE FILE FILE]
 
-The files are those of the three studies, results/predictions.csv, predictions_long.csv and
-patterns.csv. The rules are those of the page, which stood before the runs. A file that isn't there
+The files are those of the four studies, results/predictions.csv, predictions_long.csv, patterns.csv
+and fast.csv. The rules are those of the page, which stood before the runs. A file that isn't there
 leaves the columns of its predictions empty.
 """
 
@@ -16,7 +16,8 @@ from aim_flax.study.results import accuracies_by_arm, read_recorded
 from aim_flax.study.table import interval
 
 RESULTS = Path(__file__).parents[1] / "results"
-FILES = tuple(RESULTS / f"{name}.csv" for name in ("predictions", "predictions_long", "patterns"))
+_NAMES = ("predictions", "predictions_long", "patterns", "fast")
+FILES = tuple(RESULTS / f"{name}.csv" for name in _NAMES)
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 # What an arm is compared with, if it isn't `control_stride1`.
 _TRAINED_SO = {"roll_": "roll_control", "noflip_": "noflip_control"}
@@ -79,16 +80,36 @@ def of_patterns(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("bias_random", "bias_small"), _below_half(gain("bias_small"), large)
 
 
+def of_rates(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the arms that predictions 13 to 16 are about, and what comes of each."""
+    published = "published_no_update"
+    whole = gain(published)
+
+    def of_less(arm: str) -> str:
+        mean, apart = gain(arm).mean, gain(arm, published)
+        return outcome(mean < 0.75 * whole.mean and apart.high < 0, mean > 0.9 * whole.mean)
+
+    yield (published, "direct"), of_less("direct")
+    fast, apart = gain("direct_fast"), gain("direct_fast", published)
+    holds = apart.low <= 0 <= apart.high and fast.mean >= 0.75 * whole.mean
+    yield (published, "direct_fast"), outcome(holds, fast.mean < 0.5 * whole.mean)
+    yield (published, "conv_slow"), of_less("conv_slow")
+    bias = gain("bias_fast")
+    holds = bias.mean >= 0.75 * whole.mean and bias.low > 0
+    yield (published, "bias_fast"), outcome(holds, bias.mean < 0.5 * whole.mean)
+
+
 def _below_half(small: Summary, whole: Summary) -> str:
     return outcome(small.mean < 0.5 * whole.mean, small.mean > 0.75 * whole.mean)
 
 
-def rows(short: Path, long: Path, patterns: Path) -> list[tuple[str, str]]:
+def rows(short: Path, long: Path, patterns: Path, fast: Path) -> list[tuple[str, str]]:
     """Returns what was measured and what comes of it, for each prediction in turn."""
     return [
         *_of_file(short, of_study, count=6),
         _of_longer(short, long),
         *_of_file(patterns, of_patterns, count=5),
+        *_of_file(fast, of_rates, count=4),
     ]
 
 

@@ -32,6 +32,13 @@ PATTERNS = {
     "bias_frozen": 3.0,
     "bias_small": 1.0,
 }
+FAST = {
+    "published_no_update": 6.0,
+    "direct": 2.0,
+    "direct_fast": 6.0,
+    "conv_slow": 2.0,
+    "bias_fast": 5.0,
+}
 CONTROLS = {"control_stride1": 40.0, "roll_control": 20.0, "noflip_control": 35.0}
 
 
@@ -52,16 +59,17 @@ def write(file, gains, spread=0.1):
     return file
 
 
-def outcomes(tmp_path, changed=(), spread=0.1, long=3.0, of_patterns=()):
+def outcomes(tmp_path, changed=(), spread=0.1, long=3.0, of_patterns=(), of_rates=()):
     short = write(tmp_path / "short.csv", GAINS | dict(changed), spread)
     after = write(tmp_path / "long.csv", {"published_no_update": long}, spread)
     patterns = write(tmp_path / "patterns.csv", PATTERNS | dict(of_patterns), spread)
-    return [result for _, result in SCRIPT["rows"](short, after, patterns)]
+    fast = write(tmp_path / "fast.csv", FAST | dict(of_rates), spread)
+    return [result for _, result in SCRIPT["rows"](short, after, patterns, fast)]
 
 
 def test_all_can_hold(tmp_path):
-    assert outcomes(tmp_path) == ["holds"] * 12
-    files = (tmp_path / f"{name}.csv" for name in ("short", "long", "patterns"))
+    assert outcomes(tmp_path) == ["holds"] * 16
+    files = (tmp_path / f"{name}.csv" for name in ("short", "long", "patterns", "fast"))
     measured = [text for text, _ in SCRIPT["rows"](*files)]
     # The interval of five numbers with a standard deviation of 0.079 points.
     assert measured[3] == (
@@ -84,7 +92,7 @@ def test_all_can_hold(tmp_path):
     ],
 )
 def test_each_can_fail_alone(tmp_path, number, changed):
-    expected = ["holds"] * 12
+    expected = ["holds"] * 16
     expected[number - 1] = "fails"
     assert outcomes(tmp_path, changed) == expected
 
@@ -102,7 +110,7 @@ def test_each_can_fail_alone(tmp_path, number, changed):
     ],
 )
 def test_each_can_be_undecided_alone(tmp_path, number, changed):
-    expected = ["holds"] * 12
+    expected = ["holds"] * 16
     expected[number - 1] = "undecided"
     assert outcomes(tmp_path, changed) == expected
 
@@ -124,9 +132,29 @@ def test_each_can_be_undecided_alone(tmp_path, number, changed):
     ],
 )
 def test_each_of_the_patterns_can_fail_or_be_undecided_alone(tmp_path, number, changed, result):
-    expected = ["holds"] * 12
+    expected = ["holds"] * 16
     expected[number - 1] = result
     assert outcomes(tmp_path, of_patterns=changed) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "changed", "result"),
+    [
+        (13, {"direct": 5.6}, "fails"),
+        (13, {"direct": 5.0}, "undecided"),
+        (14, {"direct_fast": 2.9}, "fails"),
+        (14, {"direct_fast": 4.0}, "undecided"),
+        (14, {"direct_fast": 8.0}, "undecided"),
+        (15, {"conv_slow": 5.6}, "fails"),
+        (15, {"conv_slow": 5.0}, "undecided"),
+        (16, {"bias_fast": 2.9}, "fails"),
+        (16, {"bias_fast": 4.0}, "undecided"),
+    ],
+)
+def test_each_of_the_rates_can_fail_or_be_undecided_alone(tmp_path, number, changed, result):
+    expected = ["holds"] * 16
+    expected[number - 1] = result
+    assert outcomes(tmp_path, of_rates=changed) == expected
 
 
 def test_that_of_longer_training_is_decided_by_it(tmp_path):
@@ -141,11 +169,11 @@ def test_wide_intervals_decide_nothing_that_they_contain(tmp_path):
 
 def test_page_shows_what_was_measured():
     found = re.findall(r"^\| \d+ \|.*\|([^|]*)\|([^|]*)\|$", PAGE, re.MULTILINE)
-    assert len(found) == 12
+    assert len(found) == 16
     shown = [(measured.strip(), result.strip()) for measured, result in found]
     assert shown == SCRIPT["rows"](*SCRIPT["FILES"])
 
 
 def test_nothing_is_measured_without_results(tmp_path, capsys):
-    SCRIPT["main"](*[tmp_path / "none.csv"] * 3)
-    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 13))
+    SCRIPT["main"](*[tmp_path / "none.csv"] * 4)
+    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 17))
