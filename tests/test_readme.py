@@ -31,6 +31,7 @@ STUDIES = {
     "small_resnet_grocery": range(10),
     "pretrained_grocery": range(5),
     "predictions": range(400, 405),
+    "patterns": range(500, 505),
 }
 
 
