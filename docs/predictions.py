@@ -51,9 +51,7 @@ def of_study(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
         rolled, most = gain(f"roll_{arm}"), share * whole.mean
         arms = ("published_no_update" if arm == "no_update" else arm, f"roll_{arm}")
         yield arms, outcome(rolled.high < most, rolled.low > most)
-    bias = gain("position_bias")
-    holds = bias.mean >= 0.75 * plain.mean and bias.low > 0
-    yield ("published_no_update", "position_bias"), outcome(holds, bias.mean < 0.5 * plain.mean)
+    yield ("published_no_update", "position_bias"), _as_much(gain("position_bias"), plain)
     holds, is_some = coords.low > 0 and coords.mean < plain.mean, coords.low > 0 or coords.high < 0
     yield ("published_no_update", "coords"), outcome(holds, is_some and not holds)
     gates, rolled = gain("squeeze_excite"), gain("roll_squeeze_excite")
@@ -67,13 +65,10 @@ def of_study(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def of_patterns(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yields the arms that predictions 8 to 12 are about, and what comes of each."""
-    plain, added, large = (gain(a) for a in ("published_no_update", "add_random", "bias_random"))
-    apart = gain("add_random", "published_no_update")
-    holds = apart.low <= 0 <= apart.high and added.mean >= 0.75 * plain.mean
-    yield ("published_no_update", "add_random"), outcome(holds, added.mean < 0.5 * plain.mean)
-    yield ("add_random", "add_zero"), _below_half(gain("add_zero"), added)
-    holds = large.mean >= 0.75 * plain.mean and large.low > 0
-    yield ("published_no_update", "bias_random"), outcome(holds, large.mean < 0.5 * plain.mean)
+    published, large = "published_no_update", gain("bias_random")
+    yield (published, "add_random"), _the_same(gain, "add_random", published)
+    yield ("add_random", "add_zero"), _below_half(gain("add_zero"), gain("add_random"))
+    yield (published, "bias_random"), _as_much(large, gain(published))
     frozen = gain("bias_frozen")
     holds = frozen.mean >= 0.5 * large.mean and frozen.low > 0
     yield ("bias_random", "bias_frozen"), outcome(holds, frozen.mean < 0.25 * large.mean)
@@ -90,13 +85,20 @@ def of_rates(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
         return outcome(mean < 0.75 * whole.mean and apart.high < 0, mean > 0.9 * whole.mean)
 
     yield (published, "direct"), of_less("direct")
-    fast, apart = gain("direct_fast"), gain("direct_fast", published)
-    holds = apart.low <= 0 <= apart.high and fast.mean >= 0.75 * whole.mean
-    yield (published, "direct_fast"), outcome(holds, fast.mean < 0.5 * whole.mean)
+    yield (published, "direct_fast"), _the_same(gain, "direct_fast", published)
     yield (published, "conv_slow"), of_less("conv_slow")
-    bias = gain("bias_fast")
-    holds = bias.mean >= 0.75 * whole.mean and bias.low > 0
-    yield (published, "bias_fast"), outcome(holds, bias.mean < 0.5 * whole.mean)
+    yield (published, "bias_fast"), _as_much(gain("bias_fast"), whole)
+
+
+def _as_much(gained: Summary, whole: Summary) -> str:
+    holds = gained.mean >= 0.75 * whole.mean and gained.low > 0
+    return outcome(holds, gained.mean < 0.5 * whole.mean)
+
+
+def _the_same(gain: Gain, arm: str, as_arm: str) -> str:
+    gained, whole, apart = gain(arm), gain(as_arm), gain(arm, as_arm)
+    holds = apart.low <= 0 <= apart.high and gained.mean >= 0.75 * whole.mean
+    return outcome(holds, gained.mean < 0.5 * whole.mean)
 
 
 def _below_half(small: Summary, whole: Summary) -> str:
