@@ -71,10 +71,10 @@ class Instead(nn.Module):
         over its last axis. Other modules that a pattern matches are left alone.
       hidden: of "squeeze_excite", the size of z after W1: for each layer in the order of the first
         calls, or one for all; (): a 16th of the layer's channels, at least 1.
-      stddev: of "position_bias", the standard deviation of its initial values, which are normal, as
-        what kernels drawn at random read from a memory is at first nearly; 0: it starts at zero.
       mode: the name of the backbone's mode argument, as in `AiM`.
       watch: called with the `At` of each layer, in the order of the calls.
+      stddev: of "position_bias", the standard deviation of its initial values, which are normal;
+        0: it starts at zero.
 
     Raises:
       UsageError: a pattern that matches no layer, a layer without positions (a Dense layer of
@@ -85,9 +85,9 @@ class Instead(nn.Module):
     kind: str
     at: Patterns
     hidden: Sequence[int] = ()
-    stddev: float = 0.0
     mode: str | None = None
     watch: Callable[[At], None] | None = None
+    stddev: float = 0.0
 
     @nn.compact
     def __call__(self, *args: Any, train: bool | None = None, **kwargs: Any) -> Any:
@@ -325,7 +325,8 @@ class _Bias(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        init = nn.initializers.normal(self.stddev)
+        # Nothing is drawn for zeros.
+        init = nn.initializers.normal(self.stddev) if self.stddev else nn.initializers.zeros
         return self.param("bias", init, self.shape, self.param_dtype)
 
 

@@ -129,17 +129,6 @@ def test_each_can_be_undecided_alone(tmp_path, number, changed):
         (11, {"bias_frozen": 2.4}, "undecided"),
         (12, {"bias_small": 3.8}, "fails"),
         (12, {"bias_small": 2.6}, "undecided"),
-    ],
-)
-def test_each_of_the_patterns_can_fail_or_be_undecided_alone(tmp_path, number, changed, result):
-    expected = ["holds"] * 16
-    expected[number - 1] = result
-    assert outcomes(tmp_path, of_patterns=changed) == expected
-
-
-@pytest.mark.parametrize(
-    ("number", "changed", "result"),
-    [
         (13, {"direct": 5.6}, "fails"),
         (13, {"direct": 5.0}, "undecided"),
         (14, {"direct_fast": 2.9}, "fails"),
@@ -151,10 +140,13 @@ def test_each_of_the_patterns_can_fail_or_be_undecided_alone(tmp_path, number, c
         (16, {"bias_fast": 4.0}, "undecided"),
     ],
 )
-def test_each_of_the_rates_can_fail_or_be_undecided_alone(tmp_path, number, changed, result):
+def test_each_of_patterns_and_rates_can_fail_or_be_undecided_alone(
+    tmp_path, number, changed, result
+):
     expected = ["holds"] * 16
     expected[number - 1] = result
-    assert outcomes(tmp_path, of_rates=changed) == expected
+    study = "of_patterns" if number < 13 else "of_rates"
+    assert outcomes(tmp_path, **{study: changed}) == expected
 
 
 def test_that_of_longer_training_is_decided_by_it(tmp_path):

@@ -12,10 +12,9 @@ for small images, XLA takes up to a hundred times as long as the product with al
 side. Elsewhere all is left to XLA.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +89,12 @@ def _convolve(
 ) -> jax.Array:
     given = dict(strides=strides, pads=pads, precision=precision)
     rows, _, channels, features = kernel.shape
+    default = cpu = partial(plain, **given)
     if _is_larger(kernel, x):
-        way = _in_windows
+        cpu = partial(_in_windows, **given)
     elif rows >= 5 and channels < 8 and features <= 16 and strides == (1, 1):
-        way = _in_rows
-    else:
-        return plain(x, kernel, **given)
-    ways = {"default": partial(plain, **given), "cpu": partial(way, **given)}
-    return jax.lax.platform_dependent(x, kernel, **ways)
+        cpu = partial(_in_rows, **given)
+    return _by_platform(default, cpu, x, kernel)
 
 
 def _in_windows(
@@ -160,8 +157,7 @@ def _backward(
     # Those of few channels are convolved as quickly, or quicker, and need no room beside them.
     few = features <= 16 or 8 <= channels <= 32
     left = not windows_of_changes and (few or _has_avx512())
-    ways = {"default": as_convolution, "cpu": as_convolution if left else as_products}
-    of_kernel = jax.lax.platform_dependent(x, change, **ways)
+    of_kernel = _by_platform(as_convolution, as_convolution if left else as_products, x, change)
 
     def as_transposed(kernel: jax.Array, change: jax.Array) -> jax.Array:
         return jax.vjp(lambda x: plain(x, kernel, **given), x)[1](change)[0]
@@ -171,8 +167,15 @@ def _backward(
 
     larger = _is_larger(kernel, x) or _is_larger(kernel, change)
     whole = larger or kernel.size >= 2 * change.size
-    ways = {"default": as_transposed, "cpu": as_product if whole else as_transposed}
-    return jax.lax.platform_dependent(kernel, change, **ways), of_kernel
+    way = as_product if whole else as_transposed
+    return _by_platform(as_transposed, way, kernel, change), of_kernel
+
+
+def _by_platform(default: Any, cpu: Any, *arrays: jax.Array) -> jax.Array:
+    """Returns what one of two functions makes of arrays; where they are one, it is traced once."""
+    if cpu is default:
+        return default(*arrays)
+    return jax.lax.platform_dependent(*arrays, default=default, cpu=cpu)
 
 
 def _to_input(
@@ -207,7 +210,7 @@ def _to_input(
     return sum(others, first).astype(change.dtype)
 
 
-@functools.cache
+@cache
 def _has_avx512() -> bool:
     """Returns whether this machine's CPU has AVX-512, as far as Linux says so."""
     try:
