@@ -18,10 +18,10 @@ NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 @pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 3)])
 @pytest.mark.parametrize(
-    # Windows of the input, the convolution, taps, windows of the output's changes, and of a kernel
-    # of five rows all of them at once.
+    # Windows of the input, the convolution, taps, windows of the output's changes; from three
+    # channels two or four columns of the output at once.
     "channels",
-    [(3, 18), (8, 3), (33, 18), (8, 2), (3, 5)],
+    [(3, 18), (8, 3), (33, 18), (8, 2), (3, 8)],
 )
 @pytest.mark.parametrize(
     ("kernel", "padding"),
