@@ -71,6 +71,21 @@ def test_what_is_frozen_keeps_its_values_and_all_else_learns(pattern, trained, s
     assert sum(held) < sum(leaf.size for leaf in jax.tree.leaves(after.params)) * 2
 
 
+def test_reads_that_start_at_zero_are_not_all_frozen():
+    """The memory could do nothing: a study of it would find that it makes no difference."""
+    pattern = "(?!head/(kernel|bias)).*"
+    told = (
+        f"train.freeze {pattern!r} matches all that reads the memory, such as"
+        " dense/memory_read/kernel, which starts at zero: so the memory could do nothing; leave out"
+        " .*/memory_read/.*"
+    )
+    with refused(exactly=told):
+        step(freezing(optax.sgd(0.1), pattern, reads_from_zero=True), pattern)
+    # One of them is not, or none starts at zero.
+    for allowed, zero in ((HEAD, True), (BACKBONE, True), (pattern, False)):
+        step(freezing(optax.sgd(0.1), allowed, reads_from_zero=zero), allowed)
+
+
 def test_frozen_batch_norms_are_those_of_evaluation():
     for norm in (nn.BatchNorm(False), nn.BatchNorm()):
         x, own = jnp.asarray(draw(5, 4)), {"params": {}, "batch_stats": {}}

@@ -12,17 +12,24 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, path_aware_map
 
 from aim_flax.errors import UsageError, nearest
+from aim_flax.layers.of_two import SCOPE as READ
 
 _TRAINED, _FROZEN = "trained", "frozen"
 
 
-def freezing(optimizer: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
+def freezing(
+    optimizer: optax.GradientTransformation, pattern: str, reads_from_zero: bool = False
+) -> optax.GradientTransformation:
     """Returns an optimiser that leaves parameters alone whose whole path a pattern matches.
 
     It keeps no state for them, and as nothing asks for their gradients, XLA computes none.
 
+    Args:
+      reads_from_zero: whether what reads a memory starts at zero, see `AiM.zero_init`.
+
     Raises:
-      UsageError: when its state is made: the pattern matches no parameter, or all.
+      UsageError: when its state is made: the pattern matches no parameter, or all, or all reads of
+        a memory, which start at zero.
     """
     frozen = compiled("train.freeze", pattern)
 
@@ -36,6 +43,12 @@ def freezing(optimizer: optax.GradientTransformation, pattern: str) -> optax.Gra
             raise UsageError(
                 f"train.freeze {pattern!r} matches {which} of the network, such as {paths[0]}"
                 + (nearest(pattern, paths) if kinds == {_TRAINED} else "")
+            )
+        reads = [path for path in _paths(params) if f"/{READ}/" in path]
+        if reads_from_zero and reads and all(map(frozen.fullmatch, reads)):
+            raise UsageError(
+                f"train.freeze {pattern!r} matches all that reads the memory, such as {reads[0]},"
+                f" which starts at zero: so the memory could do nothing; leave out .*/{READ}/.*"
             )
         return found
 

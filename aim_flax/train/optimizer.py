@@ -74,7 +74,8 @@ def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
     `config.train.freeze`: see `freeze.py`.
 
     Raises:
-      UsageError: an unknown optimiser, an option that this one does not take, or a negative scale.
+      UsageError: an unknown optimiser, an option that this one does not take, or a negative scale;
+        what `rescaling` and `freezing` raise.
     """
     options = {k: v for k, v in config.optimizer.items() if v is not None}
     name = options.pop("name")
@@ -94,7 +95,9 @@ def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
     if rates := config.train.get("rates", ()):
         optimizer = optax.chain(optimizer, rescaling(rates))
     if pattern := config.train.get("freeze", ""):
-        optimizer = freezing(optimizer, pattern)
+        optimizer = freezing(
+            optimizer, pattern, (config.get("memory") or {}).get("zero_init", False)
+        )
     return optimizer
 
 
