@@ -298,7 +298,7 @@ LEFT_OUT = flatten(
             },
             "learning_rate_scale": 1.0,
         },
-        "instead": {"at": "", "hidden": [], "stddev": 0.0},
+        "instead": {"at": "", "hidden": [], "stddev": 0.0, "zero_init": False},
     }
 )
 

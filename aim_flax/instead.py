@@ -75,6 +75,8 @@ class Instead(nn.Module):
       watch: called with the `At` of each layer, in the order of the calls.
       stddev: of "position_bias", the standard deviation of its initial values, which are normal;
         0: it starts at zero.
+      zero_init: of "squeeze_excite", whether W2 starts at zero and gates are twice the sigmoid, so
+        that the network starts equal to its backbone, as one with trained weights needs it.
 
     Raises:
       UsageError: a pattern that matches no layer, a layer without positions (a Dense layer of
@@ -88,6 +90,7 @@ class Instead(nn.Module):
     mode: str | None = None
     watch: Callable[[At], None] | None = None
     stddev: float = 0.0
+    zero_init: bool = False
 
     @nn.compact
     def __call__(self, *args: Any, train: bool | None = None, **kwargs: Any) -> Any:
@@ -137,6 +140,10 @@ class Instead(nn.Module):
             raise UsageError(f"hidden is {self.hidden!r}, expected sizes of at least 1")
         if self.stddev and self.kind != "position_bias":
             raise UsageError(f"stddev is of position_bias, but kind is {self.kind!r}: leave it 0")
+        if self.zero_init and self.kind != "squeeze_excite":
+            raise UsageError(
+                f"zero_init is of squeeze_excite, but kind is {self.kind!r}: leave it False"
+            )
         if not 0 <= self.stddev < math.inf:
             raise UsageError(f"stddev is {self.stddev}, expected a number of at least 0")
 
@@ -202,7 +209,7 @@ class _Latch:
             return _with_coords(call, y, scope)
         if instead.kind == "position_bias":
             return _with_bias(call, y, scope, instead.stddev)
-        return _gated(call, y, scope, self._hidden(number, channels))
+        return _gated(call, y, scope, self._hidden(number, channels), instead.zero_init)
 
     def _check_place(self, call: Call, y: Any) -> None:
         module, path, kind = call.module, call.path, self.instead.kind
@@ -342,14 +349,17 @@ def _with_bias(call: Call, y: jax.Array, scope: Scope, stddev: float) -> jax.Arr
     return y + bias.astype(y.dtype)
 
 
-def _gated(call: Call, y: jax.Array, scope: Scope, hidden: int) -> jax.Array:
+def _gated(call: Call, y: jax.Array, scope: Scope, hidden: int, zero_init: bool) -> jax.Array:
     """Returns an output with its channels multiplied by a gate, of y's shape and dtype."""
     module, axes = call.module, call.x.ndim - 2
     shape = y.shape[:1] + (1,) * axes + y.shape[axes + 1 :]
     z = y.mean(axis=tuple(range(1, axes + 1))).reshape(len(y), -1)
     dense = partial(nn.Dense, use_bias=False, dtype=module.dtype, param_dtype=module.param_dtype)
     squeezed = nn.relu(dense(hidden, parent=scope.push("squeeze", reuse=True))(z))
+    if zero_init:
+        dense = partial(dense, kernel_init=nn.initializers.zeros)
     gate = nn.sigmoid(dense(z.shape[-1], parent=scope.push("excite", reuse=True))(squeezed))
+    gate = 2 * gate if zero_init else gate
     return y * gate.reshape(shape).astype(y.dtype)
 
 

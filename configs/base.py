@@ -144,6 +144,8 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     # of the calls; (): a 16th of a layer's channels.
     config.instead.hidden = ()
     config.instead.stddev = 0.0  # of position_bias: that of its normal initial values
+    # Of squeeze_excite: gates start at 1, and the network as it is without them.
+    config.instead.zero_init = False
 
     if model == "mlp":
         config.model.features = (256, 256)  # of each hidden layer

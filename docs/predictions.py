@@ -1,10 +1,10 @@
 """Prints the last two columns of docs/predictions.md: what was measured, and what comes of it.
 
-    python docs/predictions.py [FILE FILE FILE FILE]
+    python docs/predictions.py [FILE FILE FILE FILE FILE]
 
-The files are those of the four studies, results/predictions.csv, predictions_long.csv, patterns.csv
-and fast.csv. The rules are those of the page, which stood before the runs. A file that isn't there
-leaves the columns of its predictions empty.
+The files are those of the five studies, results/predictions.csv, predictions_long.csv,
+patterns.csv, fast.csv and adapters.csv. The rules are those of the page, which stood before the
+runs. A file that isn't there leaves the columns of its predictions empty.
 """
 
 import sys
@@ -16,10 +16,11 @@ from aim_flax.study.results import accuracies_by_arm, read_recorded
 from aim_flax.study.table import interval
 
 RESULTS = Path(__file__).parents[1] / "results"
-_NAMES = ("predictions", "predictions_long", "patterns", "fast")
+_NAMES = ("predictions", "predictions_long", "patterns", "fast", "adapters")
 FILES = tuple(RESULTS / f"{name}.csv" for name in _NAMES)
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
-# What an arm is compared with, if it isn't `control_stride1`.
+# What an arm is compared with, if it isn't the study's own control.
+_CONTROLS = ("control_stride1", "control")
 _TRAINED_SO = {"roll_": "roll_control", "noflip_": "noflip_control"}
 
 # An arm's gain: its differences in test accuracy from the control, or another arm, of the same
@@ -30,10 +31,11 @@ Gain = Callable[..., Summary]
 def gains(file: Path) -> Gain:
     """Returns the gain of each arm of a study's results."""
     arms = accuracies_by_arm(read_recorded(file))
+    control = next(name for name in _CONTROLS if name in arms)
 
     def gain(arm: str, reference: str | None = None) -> Summary:
         start = next((start for start in _TRAINED_SO if arm.startswith(start)), None)
-        reference = reference or _TRAINED_SO.get(start, "control_stride1")
+        reference = reference or _TRAINED_SO.get(start, control)
         return compare(arms, reference)[arm].summary
 
     return gain
@@ -90,6 +92,18 @@ def of_rates(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
     yield (published, "bias_fast"), _as_much(gain("bias_fast"), whole)
 
 
+def of_adapters(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the arms that predictions 17 to 20 are about, and what comes of each."""
+    whole = gain("aim")
+    yield ("aim", "no_update"), _below_half(gain("no_update"), whole)
+    yield ("aim", "gates"), _as_much(gain("gates"), whole)
+    norms = gain("norms")
+    holds = norms.mean >= 0.5 * whole.mean and norms.low > 0
+    yield ("aim", "norms"), outcome(holds, norms.mean < 0.25 * whole.mean)
+    bias = gain("position_bias").mean
+    yield ("aim", "position_bias"), outcome(bias < 0.25 * whole.mean, bias > 0.5 * whole.mean)
+
+
 def _as_much(gained: Summary, whole: Summary) -> str:
     holds = gained.mean >= 0.75 * whole.mean and gained.low > 0
     return outcome(holds, gained.mean < 0.5 * whole.mean)
@@ -105,13 +119,16 @@ def _below_half(small: Summary, whole: Summary) -> str:
     return outcome(small.mean < 0.5 * whole.mean, small.mean > 0.75 * whole.mean)
 
 
-def rows(short: Path, long: Path, patterns: Path, fast: Path) -> list[tuple[str, str]]:
+def rows(
+    short: Path, long: Path, patterns: Path, fast: Path, adapters: Path
+) -> list[tuple[str, str]]:
     """Returns what was measured and what comes of it, for each prediction in turn."""
     return [
         *_of_file(short, of_study, count=6),
         _of_longer(short, long),
         *_of_file(patterns, of_patterns, count=5),
         *_of_file(fast, of_rates, count=4),
+        *_of_file(adapters, of_adapters, count=4),
     ]
 
 

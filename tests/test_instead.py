@@ -408,6 +408,20 @@ def test_a_bias_per_position_can_start_at_random():
     assert_equal(variables, again)
 
 
+def test_gates_can_start_at_one():
+    """Where the network starts as its backbone; from there they are twice the usual ones."""
+    x = draw(3, 5, 4, 4)
+    usual = one(nn.Conv, "squeeze_excite", (5,), kernel_size=(3, 3))
+    net = usual.clone(zero_init=True)
+    variables = net.init(KEY, x)
+    assert_equal(net.apply(variables, x), net.backbone.apply(variables, x))
+    changes = jax.grad(lambda params: (net.apply({"params": params}, x) ** 2).sum())
+    gates = changes(variables["params"])["layer"]["squeeze_excite"]
+    assert jnp.abs(gates["excite"]["kernel"]).max() > 0
+    learned = random_variables(net, x)
+    assert_close(net.apply(learned, x), 2 * usual.apply(learned, x))
+
+
 # --- Mistakes ----------------------------------------------------------------------------------
 
 
@@ -428,6 +442,7 @@ def test_a_bias_per_position_can_start_at_random():
         (dict(at="head", kind="position_bias"), "no positions, which position_bias is of"),
         (dict(hidden=(3,)), "hidden is of squeeze_excite, but kind is 'coords'"),
         (dict(stddev=1.0), "stddev is of position_bias, but kind is 'coords': leave it 0"),
+        (dict(zero_init=True), "zero_init is of squeeze_excite, but kind is 'coords': leave it F"),
         (dict(kind="position_bias", stddev=-1.0), "stddev is -1.0, expected a number of at"),
         (dict(kind="squeeze_excite", hidden=(0,)), r"hidden is \(0,\), expected sizes"),
         (

@@ -39,6 +39,13 @@ FAST = {
     "conv_slow": 2.0,
     "bias_fast": 5.0,
 }
+ADAPTERS = {
+    "aim": 10.0,
+    "no_update": 2.0,
+    "gates": 9.0,
+    "norms": 6.0,
+    "position_bias": 2.0,
+}
 CONTROLS = {"control_stride1": 40.0, "roll_control": 20.0, "noflip_control": 35.0}
 
 
@@ -59,17 +66,22 @@ def write(file, gains, spread=0.1):
     return file
 
 
-def outcomes(tmp_path, changed=(), spread=0.1, long=3.0, of_patterns=(), of_rates=()):
+def outcomes(
+    tmp_path, changed=(), spread=0.1, long=3.0, of_patterns=(), of_rates=(), of_adapters=()
+):
     short = write(tmp_path / "short.csv", GAINS | dict(changed), spread)
     after = write(tmp_path / "long.csv", {"published_no_update": long}, spread)
     patterns = write(tmp_path / "patterns.csv", PATTERNS | dict(of_patterns), spread)
     fast = write(tmp_path / "fast.csv", FAST | dict(of_rates), spread)
-    return [result for _, result in SCRIPT["rows"](short, after, patterns, fast)]
+    adapters = write(tmp_path / "adapters.csv", ADAPTERS | dict(of_adapters), spread)
+    adapters.write_text(adapters.read_text().replace(",control_stride1,", ",control,"))
+    return [result for _, result in SCRIPT["rows"](short, after, patterns, fast, adapters)]
 
 
 def test_all_can_hold(tmp_path):
-    assert outcomes(tmp_path) == ["holds"] * 16
-    files = (tmp_path / f"{name}.csv" for name in ("short", "long", "patterns", "fast"))
+    assert outcomes(tmp_path) == ["holds"] * 20
+    names = ("short", "long", "patterns", "fast", "adapters")
+    files = (tmp_path / f"{name}.csv" for name in names)
     measured = [text for text, _ in SCRIPT["rows"](*files)]
     # The interval of five numbers with a standard deviation of 0.079 points.
     assert measured[3] == (
@@ -92,7 +104,7 @@ def test_all_can_hold(tmp_path):
     ],
 )
 def test_each_can_fail_alone(tmp_path, number, changed):
-    expected = ["holds"] * 16
+    expected = ["holds"] * 20
     expected[number - 1] = "fails"
     assert outcomes(tmp_path, changed) == expected
 
@@ -110,7 +122,7 @@ def test_each_can_fail_alone(tmp_path, number, changed):
     ],
 )
 def test_each_can_be_undecided_alone(tmp_path, number, changed):
-    expected = ["holds"] * 16
+    expected = ["holds"] * 20
     expected[number - 1] = "undecided"
     assert outcomes(tmp_path, changed) == expected
 
@@ -138,14 +150,20 @@ def test_each_can_be_undecided_alone(tmp_path, number, changed):
         (15, {"conv_slow": 5.0}, "undecided"),
         (16, {"bias_fast": 2.9}, "fails"),
         (16, {"bias_fast": 4.0}, "undecided"),
+        (17, {"no_update": 7.6}, "fails"),
+        (17, {"no_update": 6.0}, "undecided"),
+        (18, {"gates": 4.9}, "fails"),
+        (18, {"gates": 6.0}, "undecided"),
+        (19, {"norms": 2.4}, "fails"),
+        (19, {"norms": 4.0}, "undecided"),
+        (20, {"position_bias": 5.1}, "fails"),
+        (20, {"position_bias": 4.0}, "undecided"),
     ],
 )
-def test_each_of_patterns_and_rates_can_fail_or_be_undecided_alone(
-    tmp_path, number, changed, result
-):
-    expected = ["holds"] * 16
+def test_each_of_later_studies_can_fail_or_be_undecided_alone(tmp_path, number, changed, result):
+    expected = ["holds"] * 20
     expected[number - 1] = result
-    study = "of_patterns" if number < 13 else "of_rates"
+    study = "of_patterns" if number < 13 else "of_rates" if number < 17 else "of_adapters"
     assert outcomes(tmp_path, **{study: changed}) == expected
 
 
@@ -161,11 +179,11 @@ def test_wide_intervals_decide_nothing_that_they_contain(tmp_path):
 
 def test_page_shows_what_was_measured():
     found = re.findall(r"^\| \d+ \|.*\|([^|]*)\|([^|]*)\|$", PAGE, re.MULTILINE)
-    assert len(found) == 16
+    assert len(found) == 20
     shown = [(measured.strip(), result.strip()) for measured, result in found]
     assert shown == SCRIPT["rows"](*SCRIPT["FILES"])
 
 
 def test_nothing_is_measured_without_results(tmp_path, capsys):
-    SCRIPT["main"](*[tmp_path / "none.csv"] * 4)
-    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 17))
+    SCRIPT["main"](*[tmp_path / "none.csv"] * 5)
+    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 21))

@@ -130,7 +130,9 @@ def _pattern_of_reads(config: ConfigDict) -> str:
 
 def _put_instead(config: ConfigDict, kind: str, at: str) -> None:
     config.memory = None
-    config.instead = ConfigDict({"kind": kind, "at": at, "hidden": (), "stddev": 0.0})
+    config.instead = ConfigDict(
+        {"kind": kind, "at": at, "hidden": (), "stddev": 0.0, "zero_init": False}
+    )
 
 
 def _widen(config: ConfigDict, which: int, what: str) -> None:
