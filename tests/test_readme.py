@@ -30,6 +30,7 @@ STUDIES = {
     "small_resnet_cifar10": range(10),
     "small_resnet_grocery": range(10),
     "pretrained_grocery": range(5),
+    "pretrained_cifar10": range(700, 703),
     "predictions": range(400, 410),
     "patterns": range(500, 510),
     "fast": range(510, 520),
@@ -107,7 +108,13 @@ def test_first_screen_says_what_the_committed_results_are():
     found = accuracies("pretrained_grocery")
     p = ttest_rel(found["aim"], found["control"]).pvalue
     gain = 100 * (found["aim"] - found["control"]).mean()
-    assert f"({gain:+.1f} points, p = {p:.2f}, {len(found['aim'])} seeds)" in summary
+    assert f"({gain:+.1f} points, p = {p:.2f}, {len(found['aim'])} seeds; on CIFAR-10" in summary
+    found = {arm: 100 * values for arm, values in accuracies("pretrained_cifar10").items()}
+    gain = (found["aim"] - found["control"]).mean()
+    assert f"on CIFAR-10 {gain:+.1f}, {len(found['aim'])} seeds)" in summary
+    gain = (found["aim_frozen"] - found["control_frozen"]).mean()
+    assert f"{gain:.1f} points, to {found['aim_frozen'].mean():.1f} %" in summary
+    assert f"reaches {found['control'].mean():.1f} % without one" in summary
 
 
 def test_committed_studies_are_of_whole_arms():
