@@ -71,9 +71,7 @@ def of_patterns(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
     yield (published, "add_random"), _the_same(gain, "add_random", published)
     yield ("add_random", "add_zero"), _below_half(gain("add_zero"), gain("add_random"))
     yield (published, "bias_random"), _as_much(large, gain(published))
-    frozen = gain("bias_frozen")
-    holds = frozen.mean >= 0.5 * large.mean and frozen.low > 0
-    yield ("bias_random", "bias_frozen"), outcome(holds, frozen.mean < 0.25 * large.mean)
+    yield ("bias_random", "bias_frozen"), _half_as_much(gain("bias_frozen"), large)
     yield ("bias_random", "bias_small"), _below_half(gain("bias_small"), large)
 
 
@@ -97,9 +95,7 @@ def of_adapters(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
     whole = gain("aim")
     yield ("aim", "no_update"), _below_half(gain("no_update"), whole)
     yield ("aim", "gates"), _as_much(gain("gates"), whole)
-    norms = gain("norms")
-    holds = norms.mean >= 0.5 * whole.mean and norms.low > 0
-    yield ("aim", "norms"), outcome(holds, norms.mean < 0.25 * whole.mean)
+    yield ("aim", "norms"), _half_as_much(gain("norms"), whole)
     bias = gain("position_bias").mean
     yield ("aim", "position_bias"), outcome(bias < 0.25 * whole.mean, bias > 0.5 * whole.mean)
 
@@ -107,6 +103,11 @@ def of_adapters(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
 def _as_much(gained: Summary, whole: Summary) -> str:
     holds = gained.mean >= 0.75 * whole.mean and gained.low > 0
     return outcome(holds, gained.mean < 0.5 * whole.mean)
+
+
+def _half_as_much(gained: Summary, whole: Summary) -> str:
+    holds = gained.mean >= 0.5 * whole.mean and gained.low > 0
+    return outcome(holds, gained.mean < 0.25 * whole.mean)
 
 
 def _the_same(gain: Gain, arm: str, as_arm: str) -> str:

@@ -91,7 +91,7 @@ def _convolve(
     given = dict(strides=strides, pads=pads, precision=precision)
     _, columns, channels, features = kernel.shape
     default = cpu = partial(plain, **given)
-    out = (x.shape[2] + sum(pads[1]) - columns) // strides[1] + 1
+    out = _positions(x.shape[2] + sum(pads[1]), columns, strides[1])
     fold = max(2, 32 // features)
     if _is_larger(kernel, x):
         cpu = partial(_in_windows, **given)
@@ -105,8 +105,7 @@ def _in_windows(
 ) -> jax.Array:
     """Returns the convolution as one product of all windows of x."""
     x = pad(x, pads)
-    sizes = zip(x.shape[1:3], kernel.shape[:2], strides, strict=True)
-    size = [(n - k) // stride + 1 for n, k, stride in sizes]
+    size = list(map(_positions, x.shape[1:3], kernel.shape[:2], strides))
     windows = jnp.concatenate(list(shifted(x, kernel.shape[:2], size, strides)), axis=-1)
     product = jnp.matmul(
         windows.reshape(-1, windows.shape[-1]),
@@ -132,7 +131,7 @@ def _folded(
     rows, columns, channels, features = kernel.shape
     step = fold * strides[1]
     taps = -(-((fold - 1) * strides[1] + columns) // step)
-    out = (x.shape[2] + sum(pads[1]) - columns) // strides[1] + 1
+    out = _positions(x.shape[2] + sum(pads[1]), columns, strides[1])
     parts = out // fold + taps - 1
     x = pad(x, (pads[0], (pads[1][0], parts * step - x.shape[2] - pads[1][0])))
     empty = taps * step - columns
@@ -237,6 +236,11 @@ def _has_avx512() -> bool:
         return "avx512f" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+
+
+def _positions(size: int, taps: int, stride: int) -> int:
+    """Returns how many positions a convolution has along a padded axis of this size."""
+    return (size - taps) // stride + 1
 
 
 def _is_larger(kernel: jax.Array, x: jax.Array) -> bool:

@@ -37,14 +37,14 @@ def freezing(
         found = path_aware_map(
             lambda path, _: _FROZEN if frozen.fullmatch("/".join(path)) else _TRAINED, params
         )
+        paths = _paths(params)
         if len(kinds := set(jax.tree.leaves(found))) == 1:
-            paths = _paths(params)
             which = "no parameter" if kinds == {_TRAINED} else "all parameters"
             raise UsageError(
                 f"train.freeze {pattern!r} matches {which} of the network, such as {paths[0]}"
                 + (nearest(pattern, paths) if kinds == {_TRAINED} else "")
             )
-        reads = [path for path in _paths(params) if f"/{READ}/" in path]
+        reads = [path for path in paths if f"/{READ}/" in path]
         if reads_from_zero and reads and all(map(frozen.fullmatch, reads)):
             raise UsageError(
                 f"train.freeze {pattern!r} matches all that reads the memory, such as {reads[0]},"

@@ -85,7 +85,8 @@ def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
         if option not in inspect.signature(build).parameters:
             raise UsageError(f"optimizer.{option} is set, but {name} takes no {option}")
     optimizer = build(**(options | {"learning_rate": schedule}))
-    scale = (config.get("memory") or {}).get("learning_rate_scale", 1.0)
+    memory = config.get("memory") or {}
+    scale = memory.get("learning_rate_scale", 1.0)
     if not isinstance(scale, Real) or not 0 <= scale < math.inf:
         raise UsageError(
             f"memory.learning_rate_scale is {scale!r}, expected a number of at least 0"
@@ -95,9 +96,7 @@ def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
     if rates := config.train.get("rates", ()):
         optimizer = optax.chain(optimizer, rescaling(rates))
     if pattern := config.train.get("freeze", ""):
-        optimizer = freezing(
-            optimizer, pattern, (config.get("memory") or {}).get("zero_init", False)
-        )
+        optimizer = freezing(optimizer, pattern, memory.get("zero_init", False))
     return optimizer
 
 
