@@ -360,6 +360,25 @@ def test_a_run_starts_from_them_and_goes_on_without_them(own, tmp_path):
     assert not (tmp_path / "fresh").exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train.rates=('.*memory_read.*=10',)",
+        "train.freeze=(?!.*memory).*",
+        "train.freeze=memory/.*",
+    ],
+)
+def test_patterns_may_be_of_what_is_latched_on_to_them(change, own):
+    """Of the network that the weights are of, such a pattern matches nothing, or all."""
+    file, _, variables = own
+    latched = ("memory.read_mode=add", "memory.kind=direct", "memory.zero_init=true")
+    config = digits("aim", *SHORT, *latched, f"model.pretrained=own:{file}", change)
+    params = Experiment(config, 1).initial_state().params
+    for path, array in flatten_dict(variables["params"]).items():
+        found = flatten_dict(params)[path]
+        np.testing.assert_array_equal(found, array, err_msg="/".join(path))
+
+
 def test_several_seeds_start_from_them(own, tmp_path):
     file, _, _ = own
     asked = ["model.features=(16,16)", *SHORT, f"model.pretrained=own:{file}"]

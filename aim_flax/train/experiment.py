@@ -200,7 +200,7 @@ class Experiment:
         alone = build_model(plain(self.config), axis_name=AXIS)
         return read_pretrained(
             self.config,
-            variables_of(abstract_state(self.config, alone)),
+            abstract_variables(self.config, alone),
             variables_of(self.abstract_state),
         )
 
@@ -337,6 +337,13 @@ class Experiment:
 def abstract_state(config: ConfigDict, model: nn.Module) -> TrainState:
     """Returns the shapes and dtypes of the training state of a config's network."""
     return _create(config, model).eval_shape(seed=config.seed)
+
+
+def abstract_variables(config: ConfigDict, model: nn.Module) -> dict[str, Any]:
+    """Returns the shapes and dtypes of a network's variables, whatever of them is trained."""
+    shape = tuple(config.data.image_shape)
+    create = functools.partial(create_state, model, optax.identity(), image_shape=shape)
+    return variables_of(jax.eval_shape(lambda: create(seed=config.seed)))
 
 
 def abstract_state_from(config: ConfigDict, variables: Mapping[str, Any]) -> TrainState:
