@@ -1,12 +1,13 @@
 """Prints the last two columns of docs/predictions.md: what was measured, and what comes of it.
 
-    python docs/predictions.py [FILE FILE FILE FILE FILE]
+    python docs/predictions.py [FILE FILE FILE FILE FILE FILE]
 
-The files are those of the five studies, results/predictions.csv, predictions_long.csv,
-patterns.csv, fast.csv and adapters.csv. The rules are those of the page, which stood before the
-runs. A file that isn't there leaves the columns of its predictions empty.
+The files are those of the six studies: results/predictions.csv, predictions_long.csv, patterns.csv,
+fast.csv, adapters.csv and adapters_grocery.csv. The rules are those of the page, which stood before
+the runs. A file that isn't there leaves the columns of its predictions empty.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +17,16 @@ from aim_flax.study.results import accuracies_by_arm, read_recorded
 from aim_flax.study.table import interval
 
 RESULTS = Path(__file__).parents[1] / "results"
-_NAMES = ("predictions", "predictions_long", "patterns", "fast", "adapters")
+_NAMES = ("predictions", "predictions_long", "patterns", "fast", "adapters", "adapters_grocery")
 FILES = tuple(RESULTS / f"{name}.csv" for name in _NAMES)
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 # What an arm is compared with, if it isn't the study's own control.
 _CONTROLS = ("control_stride1", "control")
-_TRAINED_SO = {"roll_": "roll_control", "noflip_": "noflip_control"}
+_TRAINED_SO = {
+    "roll_": "roll_control",
+    "noflip_": "noflip_control",
+    "whole_": "whole_control",
+}
 
 # An arm's gain: its differences in test accuracy from the control, or another arm, of the same
 # seeds.
@@ -33,10 +38,11 @@ def gains(file: Path) -> Gain:
     arms = accuracies_by_arm(read_recorded(file))
     control = next(name for name in _CONTROLS if name in arms)
 
+    compared = functools.cache(functools.partial(compare, arms))
+
     def gain(arm: str, reference: str | None = None) -> Summary:
         start = next((start for start in _TRAINED_SO if arm.startswith(start)), None)
-        reference = reference or _TRAINED_SO.get(start, control)
-        return compare(arms, reference)[arm].summary
+        return compared(reference or _TRAINED_SO.get(start, control))[arm].summary
 
     return gain
 
@@ -100,6 +106,17 @@ def of_adapters(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("aim", "position_bias"), outcome(bias < 0.25 * whole.mean, bias > 0.5 * whole.mean)
 
 
+def of_groceries(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the arms that predictions 21 to 25 are about, and what comes of each."""
+    memory, bias, whole = gain("aim"), gain("no_update"), gain("whole_aim")
+    yield ("aim",), outcome(memory.mean >= 0.05 and memory.low > 0, memory.mean < 0.025)
+    yield ("aim", "gates"), _as_much(gain("gates"), memory)
+    yield ("no_update", "bias_fast"), _as_much(gain("bias_fast"), bias)
+    yield ("no_update", "flat"), _as_much(gain("flat"), bias)
+    nothing = whole.low <= 0 <= whole.high
+    yield ("whole_aim",), outcome(nothing, not nothing)
+
+
 def _as_much(gained: Summary, whole: Summary) -> str:
     holds = gained.mean >= 0.75 * whole.mean and gained.low > 0
     return outcome(holds, gained.mean < 0.5 * whole.mean)
@@ -121,7 +138,7 @@ def _below_half(small: Summary, whole: Summary) -> str:
 
 
 def rows(
-    short: Path, long: Path, patterns: Path, fast: Path, adapters: Path
+    short: Path, long: Path, patterns: Path, fast: Path, adapters: Path, groceries: Path
 ) -> list[tuple[str, str]]:
     """Returns what was measured and what comes of it, for each prediction in turn."""
     return [
@@ -130,6 +147,7 @@ def rows(
         *_of_file(patterns, of_patterns, count=5),
         *_of_file(fast, of_rates, count=4),
         *_of_file(adapters, of_adapters, count=4),
+        *_of_file(groceries, of_groceries, count=5),
     ]
 
 

@@ -46,7 +46,21 @@ ADAPTERS = {
     "norms": 6.0,
     "position_bias": 2.0,
 }
-CONTROLS = {"control_stride1": 40.0, "roll_control": 20.0, "noflip_control": 35.0}
+GROCERIES = {
+    "aim": 8.0,
+    "gates": 7.0,
+    "no_update": 6.0,
+    "bias_fast": 5.0,
+    "flat": 5.0,
+    "whole_aim": 0.0,
+}
+CONTROLS = {
+    "control_stride1": 40.0,
+    "roll_control": 20.0,
+    "noflip_control": 35.0,
+    "whole_control": 60.0,
+}
+STARTS = ("roll_", "noflip_", "whole_")
 
 
 def write(file, gains, spread=0.1):
@@ -54,7 +68,7 @@ def write(file, gains, spread=0.1):
     noise = spread * np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
     rows = []
     for arm in (*CONTROLS, *gains):
-        start = next((name for name in ("roll_", "noflip_") if arm.startswith(name)), "")
+        start = next((name for name in STARTS if arm.startswith(name)), "")
         control = CONTROLS[f"{start}control" if start else "control_stride1"]
         for seed in range(5):
             points = control + seed  # which seeds share
@@ -67,20 +81,30 @@ def write(file, gains, spread=0.1):
 
 
 def outcomes(
-    tmp_path, changed=(), spread=0.1, long=3.0, of_patterns=(), of_rates=(), of_adapters=()
+    tmp_path,
+    changed=(),
+    spread=0.1,
+    long=3.0,
+    of_patterns=(),
+    of_rates=(),
+    of_adapters=(),
+    of_groceries=(),
 ):
     short = write(tmp_path / "short.csv", GAINS | dict(changed), spread)
     after = write(tmp_path / "long.csv", {"published_no_update": long}, spread)
     patterns = write(tmp_path / "patterns.csv", PATTERNS | dict(of_patterns), spread)
     fast = write(tmp_path / "fast.csv", FAST | dict(of_rates), spread)
     adapters = write(tmp_path / "adapters.csv", ADAPTERS | dict(of_adapters), spread)
-    adapters.write_text(adapters.read_text().replace(",control_stride1,", ",control,"))
-    return [result for _, result in SCRIPT["rows"](short, after, patterns, fast, adapters)]
+    groceries = write(tmp_path / "groceries.csv", GROCERIES | dict(of_groceries), spread)
+    for file in (adapters, groceries):
+        file.write_text(file.read_text().replace(",control_stride1,", ",control,"))
+    files = (short, after, patterns, fast, adapters, groceries)
+    return [result for _, result in SCRIPT["rows"](*files)]
 
 
 def test_all_can_hold(tmp_path):
-    assert outcomes(tmp_path) == ["holds"] * 20
-    names = ("short", "long", "patterns", "fast", "adapters")
+    assert outcomes(tmp_path) == ["holds"] * 25
+    names = ("short", "long", "patterns", "fast", "adapters", "groceries")
     files = (tmp_path / f"{name}.csv" for name in names)
     measured = [text for text, _ in SCRIPT["rows"](*files)]
     # The interval of five numbers with a standard deviation of 0.079 points.
@@ -104,7 +128,7 @@ def test_all_can_hold(tmp_path):
     ],
 )
 def test_each_can_fail_alone(tmp_path, number, changed):
-    expected = ["holds"] * 20
+    expected = ["holds"] * 25
     expected[number - 1] = "fails"
     assert outcomes(tmp_path, changed) == expected
 
@@ -122,7 +146,7 @@ def test_each_can_fail_alone(tmp_path, number, changed):
     ],
 )
 def test_each_can_be_undecided_alone(tmp_path, number, changed):
-    expected = ["holds"] * 20
+    expected = ["holds"] * 25
     expected[number - 1] = "undecided"
     assert outcomes(tmp_path, changed) == expected
 
@@ -158,12 +182,23 @@ def test_each_can_be_undecided_alone(tmp_path, number, changed):
         (19, {"norms": 4.0}, "undecided"),
         (20, {"position_bias": 5.1}, "fails"),
         (20, {"position_bias": 4.0}, "undecided"),
+        (21, {"aim": 2.4, "gates": 2.0}, "fails"),
+        (21, {"aim": 4.9}, "undecided"),
+        (22, {"gates": 3.9}, "fails"),
+        (22, {"gates": 5.0}, "undecided"),
+        (23, {"bias_fast": 2.9}, "fails"),
+        (23, {"bias_fast": 4.0}, "undecided"),
+        (24, {"flat": 2.9}, "fails"),
+        (24, {"flat": 4.0}, "undecided"),
+        (25, {"whole_aim": 0.2}, "fails"),
+        (25, {"whole_aim": -0.2}, "fails"),
     ],
 )
 def test_each_of_later_studies_can_fail_or_be_undecided_alone(tmp_path, number, changed, result):
-    expected = ["holds"] * 20
+    expected = ["holds"] * 25
     expected[number - 1] = result
-    study = "of_patterns" if number < 13 else "of_rates" if number < 17 else "of_adapters"
+    last = {12: "of_patterns", 16: "of_rates", 20: "of_adapters", 25: "of_groceries"}
+    study = next(name for number_of_last, name in last.items() if number <= number_of_last)
     assert outcomes(tmp_path, **{study: changed}) == expected
 
 
@@ -179,11 +214,11 @@ def test_wide_intervals_decide_nothing_that_they_contain(tmp_path):
 
 def test_page_shows_what_was_measured():
     found = re.findall(r"^\| \d+ \|.*\|([^|]*)\|([^|]*)\|$", PAGE, re.MULTILINE)
-    assert len(found) == 20
+    assert len(found) == 25
     shown = [(measured.strip(), result.strip()) for measured, result in found]
     assert shown == SCRIPT["rows"](*SCRIPT["FILES"])
 
 
 def test_nothing_is_measured_without_results(tmp_path, capsys):
-    SCRIPT["main"](*[tmp_path / "none.csv"] * 5)
-    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 21))
+    SCRIPT["main"](*[tmp_path / "none.csv"] * 6)
+    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 26))
