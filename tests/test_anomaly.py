@@ -66,7 +66,7 @@ class Chain(nn.Module):
 def first(network, rate=0.1, images=IMAGES):
     """Returns the name of a step's first anomaly, or None; also of two seeds at once."""
     optimizer = optax.sgd(rate)
-    state = create_state(network, optimizer, 0, images.shape[1:])
+    state = jax.jit(lambda: create_state(network, optimizer, 0, images.shape[1:]))()
     mutable = list(state.model_state)
 
     def run(variables, images):
@@ -85,7 +85,10 @@ def first(network, rate=0.1, images=IMAGES):
     return None if found < 0 else anomaly_names(places, state.params)[found]
 
 
-@pytest.mark.parametrize("within", ["", "remat", "vmap"])
+@pytest.mark.parametrize(
+    "within",
+    ["", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("remat", "vmap"))],
+)
 @pytest.mark.parametrize(
     ("fault", "name"),
     [
@@ -114,6 +117,7 @@ def test_a_scan_over_layers_is_looked_into():
     assert first(Scanned()) == "the input of Dense_0"
 
 
+@pytest.mark.slow
 def test_a_memory_has_a_place():
     network = AiM(
         Chain("between"),
@@ -146,6 +150,7 @@ def test_what_comes_after_the_layers_is_looked_at():
 LARGER = ("train.accumulate=2", "train.remat=layer1", "train.ema_decay=0.9")
 
 
+@pytest.mark.slow
 def test_results_are_the_same():
     """Up to the rounding of programs that XLA fuses otherwise; in parts, and computed again."""
     plain, looked_at = (
@@ -169,6 +174,7 @@ def test_results_are_the_same():
 DIVERGES = ("optimizer.name=sgd", "optimizer.learning_rate=1e30", "train.epochs=2")
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_says_where(tmp_path):
     with pytest.raises(DivergenceError, match="detect_anomaly=True tells in which layer"):
         loop.run(digits("aim", *DIVERGES), tmp_path / "run", 1, quiet=True)
@@ -181,6 +187,7 @@ def test_a_run_that_diverges_says_where(tmp_path):
     assert not read_json(tmp_path / "run" / "config.json")["train"]["detect_anomaly"]
 
 
+@pytest.mark.slow
 def test_seeds_together_say_where(tmp_path, capsys):
     rows = study(
         tmp_path,

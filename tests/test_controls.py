@@ -76,7 +76,13 @@ def forward_pass(config, batch_size):
     return multiply_adds(jax.make_jaxpr(net.apply)(variables, images).jaxpr)
 
 
-@pytest.mark.parametrize("name", ["digits_mlp:aim_no_update", "cifar10_vgg16:aim_no_update"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits_mlp:aim_no_update",
+        pytest.param("cifar10_vgg16:aim_no_update", marks=pytest.mark.slow),
+    ],
+)
 def test_a_control_computes_as_much_in_a_training_batch(name):
     """Reads that are the same for all examples are computed once, whatever the batch size is."""
     config = load(name)

@@ -277,6 +277,7 @@ def planned(directory: Path, *names: str, seeds: str = "2"):
     return plan(DIGITS, names, seeds, (), overrides)
 
 
+@pytest.mark.slow
 def test_a_study_knows_its_data(copies, photographs, tmp_path):
     """Its runs, and an arm that is added to them."""
     copy, _ = copies

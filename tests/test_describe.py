@@ -104,7 +104,15 @@ def test_every_arm_has_a_count():
     assert sorted(arms()) == sorted(COUNTS)
 
 
-@pytest.mark.parametrize("arm", arms())
+def quick(arm):
+    """Whether an arm is traced within a second, or is the published network."""
+    large = "stanford_dogs_", "cifar10_", "image_folder_"
+    return arm == "stanford_dogs_resnet50:published" or not arm.startswith(large)
+
+
+@pytest.mark.parametrize(
+    "arm", [arm if quick(arm) else pytest.param(arm, marks=pytest.mark.slow) for arm in arms()]
+)
 def test_counts(arm):
     config = load(arm)
     if config.model.num_classes is None:

@@ -18,7 +18,7 @@ from tests.arrays import draw
 from tests.asserts import assert_equal, refused
 from tests.runs import digits, first_steps
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compile")
 
 HEAD, MEMORY, BACKBONE = r"(?!head/).*", r"(?!.*memory).*", r"(?!head/)(?!.*memory).*"
 
@@ -37,7 +37,7 @@ IMAGES, LABELS = jnp.asarray(draw(6, 2, 2, 1)), jnp.arange(6) % 3
 
 def step(optimizer, freeze=""):
     """Returns the state before and after a step."""
-    before = create_state(NET, optimizer, 0, IMAGES.shape[1:])
+    before = jax.jit(lambda: create_state(NET, optimizer, 0, IMAGES.shape[1:]))()
     train = jax.jit(lambda s: train_step(NET, optimizer, s, IMAGES, LABELS, 0, freeze=freeze))
     return before, train(before)[0]
 
@@ -147,6 +147,7 @@ def test_wrong_patterns_are_refused(change, message):
         Experiment(digits("control", change), 1)
 
 
+@pytest.mark.slow
 def test_a_run_with_frozen_parts_goes_on_and_ends(tmp_path):
     """Its optimiser's state, with gaps for what is frozen, is saved and restored."""
     changes = ("train.freeze=layer1/.*", "train.rates=('head/.*=2',)", "train.epochs=1")

@@ -282,6 +282,7 @@ def test_beside_a_memory():
 # --- As controls -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_controls_of_the_small_resnet_have_these_sizes():
     """Its memory is read by conv1, of 16, 32, 64 and 128 channels on maps of 16, 8, 4 and 2 pixels;
     there are two in each stage."""

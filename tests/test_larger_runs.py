@@ -183,6 +183,7 @@ def averaged(tmp_path_factory, standard_promotion, quick_compile):
     return config, workdir
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_evaluated_kept_and_used(averaged):
     config, workdir = averaged
     experiment = Experiment(config, 1)

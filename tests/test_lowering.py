@@ -19,9 +19,7 @@ PLATFORMS = ("cuda", "tpu")
 # ones, and there are 35 arms: the others are slow tests. Sizes change no operation.
 QUICK = [
     *[arm for arm in arms() if arm.startswith("digits_mlp:")],
-    "cifar10_vgg16:aim",
     "image_folder_efficientnet:aim",
-    "stanford_dogs_resnet50:published",
     "stanford_dogs_resnet50:aim_state",
 ]
 # The fewest stages and layers with which every pattern still finds its place.

@@ -81,6 +81,7 @@ def run(tmp_path_factory, standard_promotion, quick_compile):
     return workdir
 
 
+@pytest.mark.slow
 def test_eval_draws_the_memory_of_a_run(run, capsys, monkeypatch):
     seen = {}
     monkeypatch.setattr(

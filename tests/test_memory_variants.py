@@ -81,7 +81,7 @@ def steps_of(count, steps, *assignments):
         return first_steps(digits("aim_no_update", *assignments), count, steps)
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+@pytest.mark.parametrize("parallel", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
 def test_all_devices_draw_the_same_noise(parallel):
     options = ("memory.kind=noise", "memory.read_mode=add", f"parallel={parallel}")
     losses, before, expected = steps_of(1, 2, *options)
@@ -187,7 +187,7 @@ def test_the_old_memory_gets_through_beside_the_batch_norms(mode):
         assert 0.1 < float(bias.min()) < float(bias.max()) < 5
 
 
-@pytest.mark.parametrize("mode", ["residual", "gated"])
+@pytest.mark.parametrize("mode", [pytest.param("residual", marks=pytest.mark.slow), "gated"])
 def test_small_changes_add_up_in_the_memorys_own_dtype(mode):
     x, m = jnp.ones((2, 6), jnp.bfloat16), jnp.full((1, 4), 1 + 2**-12)
     block = MemoryUpdate(dtype=jnp.bfloat16, mode=mode)

@@ -36,6 +36,7 @@ def short(tmp_path_factory, standard_promotion, quick_compile):
     return workdir
 
 
+@pytest.mark.slow
 def test_finished_run_goes_on(whole, short, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(short, run)
@@ -65,6 +66,7 @@ def test_unfinished_run_goes_on(whole, tmp_path):
     assert_same_end(run, whole)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_raised_is_refused_and_nothing_touched(short, tmp_path):
     cosine, study = tmp_path / "cosine", tmp_path / "study" / "aim_state" / "0"
     loop.run(config(1, "schedule.name=cosine", "schedule.warmup_epochs=0.0"), cosine, 1, True)

@@ -142,6 +142,7 @@ def run(tmp_path_factory, standard_promotion, quick_compile):
     return config, workdir, restore_run(workdir)
 
 
+@pytest.mark.slow
 def test_eval_rolls_by_the_runs_seed_and_prediction_does_not(run):
     """Training's own evaluation is compared with that of eval.py in test_study_run.py."""
     config, workdir, restored = run
@@ -159,6 +160,7 @@ def test_eval_rolls_by_the_runs_seed_and_prediction_does_not(run):
     assert (predicted[0][:20] != predicted[1][:20]).any()
 
 
+@pytest.mark.slow
 def test_seeds_evaluated_together_have_offsets_of_their_own(run):
     """So has what is measured of the memory's use."""
     config, _, restored = run

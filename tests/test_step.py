@@ -86,6 +86,7 @@ def test_steps_go_on_from_each_other():
         before = moved
 
 
+@pytest.mark.slow
 def test_devices_share_the_gradient_and_the_memorys_key_but_not_the_dropouts():
     state = create_state(Probe(), SGD, 3, (2, 2, 1))
     whole, expected = train_step(Probe(), SGD, state, IMAGES, LABELS, 3)

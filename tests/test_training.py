@@ -238,7 +238,14 @@ def twenty_steps(kind: str, count: int):
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("pmap", 2), ("pmap", 8), ("shard_map", 1), ("shard_map", 2), ("shard_map", 8)],
+    [
+        ("pmap", 2),
+        ("shard_map", 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("pmap", 8), ("shard_map", 2), ("shard_map", 8))
+        ),
+    ],
 )
 def test_devices_and_their_mapping_make_no_difference(on_one_device, kind, count):
     expected_losses, expected_carried = on_one_device
@@ -356,7 +363,7 @@ def test_plateau_cuts_and_early_stopping_end_a_run(tmp_path):
     assert rates.tolist() == pytest.approx([1e-9, 1e-9, 1e-10, 1e-11, 1e-12], rel=1e-5)
 
 
-@pytest.mark.parametrize("arm", ["aim_direct", "control"])
+@pytest.mark.parametrize("arm", [pytest.param("aim_direct", marks=pytest.mark.slow), "control"])
 def test_arms_train_in_bfloat16(tmp_path, arm):
     config = digits(arm, "dtype=bfloat16", "train.epochs=2", "optimizer.name=adamw")
     loop.run(config, tmp_path / "run", 2, quiet=True)

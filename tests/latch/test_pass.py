@@ -80,6 +80,7 @@ def test_memory_is_one_per_example_once_it_is_written():
     assert not np.isclose(trained[others], changed_trained[others], atol=1e-4).all()
 
 
+@pytest.mark.slow
 def test_batch_norm_removes_what_all_examples_have_in_common():
     x = draw(5, 4)
     aim, variables = probed(x)
@@ -133,6 +134,7 @@ def update_mean(variables):
     return variables["batch_stats"]["head"]["memory_update"]["norm1"]["mean"]
 
 
+@pytest.mark.slow
 def test_train_reaches_a_backbone_that_has_it():
     x = draw(8, 5)
     aim, variables = latch_on_head(WithTrain(), x)
@@ -179,7 +181,7 @@ def mean_norm(y):
     return np.sqrt((y**2).reshape(len(y), -1).sum(axis=1)).mean()
 
 
-@pytest.mark.parametrize("mode", ["add", "concat"])
+@pytest.mark.parametrize("mode", [pytest.param("add", marks=pytest.mark.slow), "concat"])
 def test_recorded_norms_are_those_of_the_memorys_share_and_the_rest(mode):
     """All layers are matrix products, whose kernels are one above the other with `concat`."""
     x = draw(3, 4, 4, 2)

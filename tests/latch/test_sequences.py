@@ -198,6 +198,7 @@ class EncoderDecoder(nn.Module):
         return nn.Dense(3, name="out")(nn.Dense(8, name="decode")(target) + code)
 
 
+@pytest.mark.slow
 def test_a_causal_memory_follows_the_sequence_of_the_decoder():
     source, target = draw(2, 6, 4), draw(2, 5, 4)
     update = MemoryUpdate((3,), pool="causal")

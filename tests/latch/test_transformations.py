@@ -170,6 +170,7 @@ def latched(**options):
     return AiM(WithSetup(), Memory((2, 2, 4)), "layers_1", "layers_0", "layers_1", **options)
 
 
+@pytest.mark.slow
 def test_a_latched_network_can_be_jitted_vmapped_and_scanned_as_a_whole():
     x = draw(3, 2, 4, 4, 3)
     aim = latched()
