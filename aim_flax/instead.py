@@ -2,7 +2,8 @@
 
 A memory that is read but never written brings a layer the same values for all images: values that
 differ from place to place, so the layer can tell where it is; and one that images write brings a
-summary of the whole image to every place. Each of both is known by itself, and simpler: `Instead`
+summary of the whole image to every place. And in a network whose own weights are kept, whatever is
+learned beside them is a change to it. Each of the three is known by itself, and simpler: `Instead`
 puts it where a memory would be read, so that the two can be compared.
 """
 
@@ -67,10 +68,16 @@ class Instead(nn.Module):
         their mean over the positions; of a layer of vectors the output itself. W1 and W2, without
         biases, are `squeeze_excite/squeeze` and `squeeze_excite/excite` (J. Hu et al.,
         "Squeeze-and-Excitation Networks", 2018, equations 2 to 4).
+        "low_rank": what is added to the output changes the layer's kernel by a product of two small
+        ones (E. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, without its
+        factor alpha over r). `low_rank/down` is the layer, without bias and with few features;
+        `low_rank/up`, from these to the output's channels, starts at zero, so the network starts
+        equal to its backbone. A grouped convolution is changed by one without groups.
       at: the layers, as in `AiM.read`: nn.Conv and nn.ConvTranspose, nn.Dense, and nn.DenseGeneral
         over its last axis. Other modules that a pattern matches are left alone.
-      hidden: of "squeeze_excite", the size of z after W1: for each layer in the order of the first
-        calls, or one for all; (): a 16th of the layer's channels, at least 1.
+      hidden: of "squeeze_excite", the size of z after W1, and of "low_rank" the features in the
+        middle: for each layer in the order of the first calls, or one for all; (): a 16th of the
+        layer's channels, at least 1.
       mode: the name of the backbone's mode argument, as in `AiM`.
       watch: called with the `At` of each layer, in the order of the calls.
       stddev: of "position_bias", the standard deviation of its initial values, which are normal;
@@ -134,8 +141,10 @@ class Instead(nn.Module):
             raise UsageError(
                 f"{self.kind} needs at, a pattern of the layers that it is latched on to"
             )
-        if self.hidden and self.kind != "squeeze_excite":
-            raise UsageError(f"hidden is of squeeze_excite, but kind is {self.kind!r}: leave it ()")
+        if self.hidden and self.kind not in SIZED:
+            raise UsageError(
+                f"hidden is of {' and '.join(SIZED)}, but kind is {self.kind!r}: leave it ()"
+            )
         if not all(isinstance(size, int) and size >= 1 for size in self.hidden):
             raise UsageError(f"hidden is {self.hidden!r}, expected sizes of at least 1")
         if self.stddev and self.kind != "position_bias":
@@ -209,7 +218,10 @@ class _Latch:
             return _with_coords(call, y, scope)
         if instead.kind == "position_bias":
             return _with_bias(call, y, scope, instead.stddev)
-        return _gated(call, y, scope, self._hidden(number, channels), instead.zero_init)
+        hidden = self._hidden(number, channels)
+        if instead.kind == "low_rank":
+            return _with_low_rank(call, y, scope, hidden)
+        return _gated(call, y, scope, hidden, instead.zero_init)
 
     def _check_place(self, call: Call, y: Any) -> None:
         module, path, kind = call.module, call.path, self.instead.kind
@@ -225,7 +237,7 @@ class _Latch:
             if any(transformation.startswith(f"{name}(") for transformation in around):
                 raise UsageError(f"at matches {path!r}, which runs inside nn.{name}{reason}")
         check_input(call)
-        if kind != "squeeze_excite" and call.x.ndim < 3:
+        if kind not in SIZED and call.x.ndim < 3:
             raise UsageError(
                 f"at matches {path!r}, a layer of vectors, {call.x.shape}: they have no positions,"
                 f" which {kind} is of; match layers of maps or sequences"
@@ -298,13 +310,18 @@ def _with_coords(call: Call, y: jax.Array, scope: Scope) -> jax.Array:
     coords = coordinates(*x.shape[1:-1])
     coords = coords.astype(computed_dtype(x, module.dtype, module.param_dtype))
     share = twin(module, kind, scope, **changes)(coords)
-    if share.shape[1:] != y.shape[1:]:
-        raise UsageError(
-            f"at matches {call.path!r}, whose class {type(module).__name__} makes {y.shape} of"
-            f" {x.shape}, where nn.{kind.__name__} would make {share.shape[1:]} of each example:"
-            " match another layer"
-        )
+    _check_share(call, y, share.shape[1:])
     return y + share
+
+
+def _check_share(call: Call, y: jax.Array, shape: Sequence[int]) -> None:
+    """Refuses a layer that makes something else than its kind would."""
+    if shape != y.shape[1:]:
+        raise UsageError(
+            f"at matches {call.path!r}, whose class {type(call.module).__name__} makes {y.shape} of"
+            f" {call.x.shape}, where nn.{kind_of(call.module).__name__} would make {shape} of each"
+            " example: match another layer"
+        )
 
 
 def _last_inputs(
@@ -363,4 +380,26 @@ def _gated(call: Call, y: jax.Array, scope: Scope, hidden: int, zero_init: bool)
     return y * gate.reshape(shape).astype(y.dtype)
 
 
-KINDS = ("coords", "position_bias", "squeeze_excite")
+def _with_low_rank(call: Call, y: jax.Array, scope: Scope, rank: int) -> jax.Array:
+    """Returns a layer's output with that of a change of its kernel of a rank, (B, ...)."""
+    module, kind = call.module, kind_of(call.module)
+    changes = {"features": rank, "use_bias": False}
+    if kind is nn.Conv:
+        changes |= {"feature_group_count": 1, "mask": None}
+    few = twin(module, kind, scope.push("down", reuse=True), **changes)(call.x)
+    features = y.shape[call.x.ndim - 1 :]
+    _check_share(call, y, few.shape[1:-1] + features)
+    up = nn.Dense(
+        math.prod(features),
+        use_bias=False,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        kernel_init=nn.initializers.zeros,
+        parent=scope.push("up", reuse=True),
+    )
+    return y + up(few).reshape(y.shape).astype(y.dtype)
+
+
+# Those whose size is chosen by `hidden`; layers of vectors can have them, too.
+SIZED = ("squeeze_excite", "low_rank")
+KINDS = ("coords", "position_bias", *SIZED)

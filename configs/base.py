@@ -138,10 +138,11 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
 
     # Of a network without memory: something else at the layers that could read one.
     config.instead = ConfigDict()
-    config.instead.kind = placeholder(str)  # coords, position_bias, squeeze_excite; None: nothing
+    # coords, position_bias, squeeze_excite, low_rank; None: nothing.
+    config.instead.kind = placeholder(str)
     config.instead.at = ""  # the layers, a regular expression of their paths
-    # Of squeeze_excite, the gates' hidden sizes: one for all layers, or one for each, in the order
-    # of the calls; (): a 16th of a layer's channels.
+    # Of squeeze_excite the gates' hidden sizes, of low_rank the ranks: one for all layers, or one
+    # for each, in the order of the calls; (): a 16th of a layer's channels.
     config.instead.hidden = ()
     config.instead.stddev = 0.0  # of position_bias: that of its normal initial values
     # Of squeeze_excite: gates start at 1, and the network as it is without them.

@@ -107,14 +107,17 @@ def of_adapters(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def of_groceries(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields the arms that predictions 21 to 25 are about, and what comes of each."""
+    """Yields the arms that predictions 21 to 26 are about, and what comes of each."""
     memory, bias, whole = gain("aim"), gain("no_update"), gain("whole_aim")
+    changed = gain("low_rank")
     yield ("aim",), outcome(memory.mean >= 0.05 and memory.low > 0, memory.mean < 0.025)
     yield ("aim", "gates"), _as_much(gain("gates"), memory)
     yield ("no_update", "bias_fast"), _as_much(gain("bias_fast"), bias)
     yield ("no_update", "flat"), _as_much(gain("flat"), bias)
     nothing = whole.low <= 0 <= whole.high
     yield ("whole_aim",), outcome(nothing, not nothing)
+    holds = changed.mean >= memory.mean and changed.low > 0
+    yield ("aim", "low_rank"), outcome(holds, gain("low_rank", "aim").high < 0)
 
 
 def _as_much(gained: Summary, whole: Summary) -> str:
@@ -147,7 +150,7 @@ def rows(
         *_of_file(patterns, of_patterns, count=5),
         *_of_file(fast, of_rates, count=4),
         *_of_file(adapters, of_adapters, count=4),
-        *_of_file(groceries, of_groceries, count=5),
+        *_of_file(groceries, of_groceries, count=6),
     ]
 
 

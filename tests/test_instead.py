@@ -174,6 +174,41 @@ def test_gates_see_the_mean_over_positions(size):
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.Conv, dict(kernel_size=(3, 2), strides=(2, 1), padding="VALID")),
+        (nn.Conv, dict(kernel_size=(1, 1))),
+        (nn.Dense, {}),
+    ],
+    ids=["strided", "pointwise", "dense"],
+)
+def test_a_change_of_low_rank_is_one_of_the_kernel(kind, options):
+    x = draw(3, 5, 4, 6)
+    net = one(kind, "low_rank", (2,), **options)
+    variables = random_variables(net, x)
+    layer = dict(variables["params"]["layer"])
+    change = layer.pop("low_rank")
+    assert change["down"]["kernel"].shape[-2:] == (6, 2)
+    assert change["up"]["kernel"].shape == (2, 6)
+    layer["kernel"] = layer["kernel"] + change["down"]["kernel"] @ change["up"]["kernel"]
+    expected = jax.jit(net.backbone.apply)({"params": {"layer": layer}}, x)
+    assert_close(jax.jit(net.apply)(variables, x), expected)
+
+
+def test_a_change_of_low_rank_has_no_groups_and_starts_at_nothing():
+    x = draw(2, 4, 4, 6)
+    net = one(nn.Conv, "low_rank", (2,), kernel_size=(3, 3), feature_group_count=3)
+    variables = jax.jit(net.init)(KEY, x)
+    down = variables["params"]["layer"]["low_rank"]["down"]["kernel"]
+    assert down.shape == (3, 3, 6, 2)
+    assert jnp.abs(down).max() > 0
+    assert_equal(jax.jit(net.apply)(variables, x), jax.jit(net.backbone.apply)(variables, x))
+    changes = jax.jit(jax.grad(lambda params: net.apply({"params": params}, x).sum()))
+    found = changes(variables["params"])["layer"]["low_rank"]
+    assert jnp.abs(found["up"]["kernel"]).max() > 0
+
+
 def test_hidden_sizes_are_in_the_order_of_the_calls_or_a_16th():
     x = draw(2, 8, 8, 3)
     for hidden, sizes in (((3, 5, 7), (3, 5, 7)), ((6,), (6, 6, 6)), ((), (2, 4, 1))):
@@ -290,18 +325,25 @@ def test_controls_of_the_small_resnet_have_these_sizes():
     goal, alone = 1_189_866, 888_170  # as in test_describe.py
     hidden = (55, 55, 111, 111, 222, 222, 443, 443)
     gates = 2 * 2 * (16 * 55 + 32 * 111 + 64 * 222 + 128 * 443)
-    assert abs(alone + gates - goal) < 0.01 * goal
+    ranks = derive(config, "low_rank").instead.hidden
+    # From 16 channels, and then from those of the block before; a rank's rows and columns.
+    each = (16 + 16, 64 + 16, 64 + 32, 128 + 32, 128 + 64, 256 + 64, 256 + 128, 512 + 128)
+    changes = sum(rank * size for rank, size in zip(ranks, each, strict=True))
+    for size in (gates, changes):
+        assert abs(alone + size - goal) < 0.01 * goal
     sizes = {
         "coords": 2 * 2 * (16 + 32 + 64 + 128),
         "position_bias": 2 * (16 * 16 * 16 + 8 * 8 * 32 + 4 * 4 * 64 + 2 * 2 * 128),
         "squeeze_excite": gates,
+        "low_rank": changes,
     }
+    chosen = {"squeeze_excite": hidden, "low_rank": ranks}
     assert sizes.keys() == set(KINDS)
     for kind, size in sizes.items():
         control = derive(config, kind)
         assert count(control)[0] == alone + size
         assert control.instead.at == config.memory.read
-        assert control.instead.hidden == (hidden if kind == "squeeze_excite" else ())
+        assert control.instead.hidden == chosen.get(kind, ())
         keys = configs.differing_keys(config, control)
         assert {key for key in keys if not key.startswith(("memory.", "instead."))} == {
             "arm",
@@ -315,7 +357,9 @@ def test_controls_of_a_network_from_elsewhere_leave_vectors_alone():
     gates = derive(config, "squeeze_excite")
     assert gates.instead.at == "conv2|head"
     assert len(gates.instead.hidden) == 2
-    assert abs(count(gates)[0] - count(config)[0]) < 0.01 * count(config)[0]
+    changed = derive(config, "low_rank")
+    for control in (gates, changed):
+        assert abs(count(control)[0] - count(config)[0]) < 0.01 * count(config)[0]
     text, _ = describe(derive(config, "position_bias"))
     assert "position_bias conv2           128" in text
     assert text.endswith("order of the calls:\n  conv2  position_bias at 8x8x4")
@@ -441,7 +485,7 @@ def test_gates_can_start_at_one():
             r"at matches 'head', a layer of vectors, \(2, 8\): they have no positions",
         ),
         (dict(at="head", kind="position_bias"), "no positions, which position_bias is of"),
-        (dict(hidden=(3,)), "hidden is of squeeze_excite, but kind is 'coords'"),
+        (dict(hidden=(3,)), "hidden is of squeeze_excite and low_rank, but kind is 'coords'"),
         (dict(stddev=1.0), "stddev is of position_bias, but kind is 'coords': leave it 0"),
         (dict(zero_init=True), "zero_init is of squeeze_excite, but kind is 'coords': leave it F"),
         (dict(kind="position_bias", stddev=-1.0), "stddev is -1.0, expected a number of at"),

@@ -53,6 +53,7 @@ GROCERIES = {
     "bias_fast": 5.0,
     "flat": 5.0,
     "whole_aim": 0.0,
+    "low_rank": 9.0,
 }
 CONTROLS = {
     "control_stride1": 40.0,
@@ -103,7 +104,7 @@ def outcomes(
 
 
 def test_all_can_hold(tmp_path):
-    assert outcomes(tmp_path) == ["holds"] * 25
+    assert outcomes(tmp_path) == ["holds"] * 26
     names = ("short", "long", "patterns", "fast", "adapters", "groceries")
     files = (tmp_path / f"{name}.csv" for name in names)
     measured = [text for text, _ in SCRIPT["rows"](*files)]
@@ -128,7 +129,7 @@ def test_all_can_hold(tmp_path):
     ],
 )
 def test_each_can_fail_alone(tmp_path, number, changed):
-    expected = ["holds"] * 25
+    expected = ["holds"] * 26
     expected[number - 1] = "fails"
     assert outcomes(tmp_path, changed) == expected
 
@@ -146,7 +147,7 @@ def test_each_can_fail_alone(tmp_path, number, changed):
     ],
 )
 def test_each_can_be_undecided_alone(tmp_path, number, changed):
-    expected = ["holds"] * 25
+    expected = ["holds"] * 26
     expected[number - 1] = "undecided"
     assert outcomes(tmp_path, changed) == expected
 
@@ -192,12 +193,14 @@ def test_each_can_be_undecided_alone(tmp_path, number, changed):
         (24, {"flat": 4.0}, "undecided"),
         (25, {"whole_aim": 0.2}, "fails"),
         (25, {"whole_aim": -0.2}, "fails"),
+        (26, {"low_rank": 7.0}, "fails"),
+        (26, {"low_rank": 7.95}, "undecided"),
     ],
 )
 def test_each_of_later_studies_can_fail_or_be_undecided_alone(tmp_path, number, changed, result):
-    expected = ["holds"] * 25
+    expected = ["holds"] * 26
     expected[number - 1] = result
-    last = {12: "of_patterns", 16: "of_rates", 20: "of_adapters", 25: "of_groceries"}
+    last = {12: "of_patterns", 16: "of_rates", 20: "of_adapters", 26: "of_groceries"}
     study = next(name for number_of_last, name in last.items() if number <= number_of_last)
     assert outcomes(tmp_path, **{study: changed}) == expected
 
@@ -214,11 +217,11 @@ def test_wide_intervals_decide_nothing_that_they_contain(tmp_path):
 
 def test_page_shows_what_was_measured():
     found = re.findall(r"^\| \d+ \|.*\|([^|]*)\|([^|]*)\|$", PAGE, re.MULTILINE)
-    assert len(found) == 25
+    assert len(found) == 26
     shown = [(measured.strip(), result.strip()) for measured, result in found]
     assert shown == SCRIPT["rows"](*SCRIPT["FILES"])
 
 
 def test_nothing_is_measured_without_results(tmp_path, capsys):
     SCRIPT["main"](*[tmp_path / "none.csv"] * 6)
-    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 26))
+    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 27))

@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="",
         metavar="A,B",
         help="arms of the config file, or derived controls: control_params, control_compute,"
-        " coords, position_bias, squeeze_excite, memory_frozen, memory_noise, memory_zero,"
-        " memory_half, memory_double",
+        " coords, position_bias, squeeze_excite, low_rank, memory_frozen, memory_noise,"
+        " memory_zero, memory_half, memory_double",
     )
     parser.add_argument(
         "--arm",

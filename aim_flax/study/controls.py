@@ -3,7 +3,7 @@
 A network with a memory has more parameters and does more arithmetic than the plain network. Its
 memory is worth what it gains over controls that have as much of both, over memories that are not
 learned or hold nothing, and over what is known to do as much without a memory: to tell a layer
-where it is, and to bring a summary of the image to every place.
+where it is, to bring a summary of the image to every place, and to change what a layer computes.
 """
 
 import copy
@@ -13,6 +13,7 @@ from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from aim_flax.errors import UsageError, check_choice
@@ -34,8 +35,9 @@ def derive(config: ConfigDict, name: str) -> ConfigDict:
     - `coords`, `position_bias`: the plain network whose layers, where they could read the memory,
       see their coordinates, or have a bias of their own at each position: see `Instead`. Layers of
       vectors, which have no positions, stay as they are.
-    - `squeeze_excite`: the plain network with gates after all these layers, of such hidden sizes
-      that there are as many trainable parameters, within 1 %.
+    - `squeeze_excite`, `low_rank`: the plain network with gates after all these layers, or with
+      changes of low rank to their kernels, of such sizes that there are as many trainable
+      parameters, within 1 %.
     - `memory_frozen`: a memory that keeps its initial values; reads and updates are trained.
     - `memory_noise`, `memory_zero`: a memory of that kind, which holds nothing learned.
     - `memory_half`, `memory_double`: half and twice the floats, by its channels.
@@ -97,16 +99,19 @@ def _know_positions(config: ConfigDict, kind: str) -> None:
     _put_instead(config, kind, at)
 
 
-def _gate(config: ConfigDict) -> None:
-    """Puts gates where the memory is read, with as many parameters as all of the memory has."""
+def _sized(config: ConfigDict, kind: str) -> None:
+    """Puts something where the memory is read that has as many parameters as all of the memory."""
     goal, _ = count(config)
-    _put_instead(config, "squeeze_excite", _pattern_of_reads(config))
+    _put_instead(config, kind, _pattern_of_reads(config))
     layers = build_model(config).places(_images(config, 1))
     channels = [layer.channels for layer in layers]
     alone, _ = count(plain(config))
+    config.instead.hidden = (1,)
+    # Each of its matrices has `hidden` rows or columns.
+    each = _sizes_by_layer(config, [layer.path for layer in layers])
 
     def size(hidden: tuple[int, ...]) -> int:
-        return alone + 2 * sum(c * h for c, h in zip(channels, hidden, strict=True))
+        return alone + sum(n * h for n, h in zip(each, hidden, strict=True))
 
     def scaled(units: int) -> tuple[int, ...]:
         return tuple(max(1, round(units * c / max(channels))) for c in channels)
@@ -118,6 +123,22 @@ def _gate(config: ConfigDict) -> None:
             f" within {TOLERANCE:.0%}; nearest: {size(hidden):,} with {hidden}"
         )
     config.instead.hidden = hidden
+
+
+def _sizes_by_layer(config: ConfigDict, layers: Sequence[str]) -> list[int]:
+    """Returns how many parameters are latched on to each layer in the memory's place."""
+    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), _images(config, 1))
+    params = flatten_dict(shapes["params"], sep="/")
+    kind = config.instead.kind
+    return [
+        sum(
+            leaf.size
+            for path, value in params.items()
+            if path.startswith(f"{layer}/{kind}/")
+            for leaf in jax.tree.leaves(value)
+        )
+        for layer in layers
+    ]
 
 
 def _pattern_of_reads(config: ConfigDict) -> str:
@@ -287,7 +308,8 @@ CONTROLS: dict[str, Callable[[ConfigDict], None]] = {
     "control_compute": partial(_widen, which=1, what="multiply-adds"),
     "coords": partial(_know_positions, kind="coords"),
     "position_bias": partial(_know_positions, kind="position_bias"),
-    "squeeze_excite": _gate,
+    "squeeze_excite": partial(_sized, kind="squeeze_excite"),
+    "low_rank": partial(_sized, kind="low_rank"),
     "memory_frozen": _memory(learning_rate_scale=0.0),
     "memory_noise": _memory(kind="noise"),
     "memory_zero": _memory(kind="zero"),
