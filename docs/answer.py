@@ -1,0 +1,172 @@
+"""The answer of docs/does_memory_help.md, as numbers: its table and its figure.
+
+    python docs/answer.py [--figure FILE]
+
+Prints the table, and draws the figure. Each line is the difference between two arms of a study in
+results/, paired by seed.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from aim_flax import files, markdown
+from aim_flax.plots import set_title
+from aim_flax.statistics import Comparison, compare, p_value, smallest_effect
+from aim_flax.study.results import accuracies_by_arm, read_recorded
+from aim_flax.study.table import interval
+
+ROOT = Path(__file__).parents[1]
+FIGURE = ROOT / "docs" / "answer.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Runs that are compared.
+
+    Attributes:
+      network: of what, trained how, as the page calls it.
+      file: of its runs, in results/.
+      place: where the study is described, a link from the page.
+    """
+
+    network: str
+    file: str
+    place: str
+
+    def compare(self, arm: str, reference: str) -> Comparison:
+        runs = read_recorded(ROOT / "results" / f"{self.file}.csv")
+        return compare(accuracies_by_arm(runs), reference)[arm]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A difference: what it is of, and the two arms."""
+
+    study: Study
+    difference: str
+    arm: str
+    reference: str
+
+    @property
+    def comparison(self) -> Comparison:
+        return self.study.compare(self.arm, self.reference)
+
+
+_SMALL = Study(
+    "small ResNet, CIFAR-10",
+    "small_resnet_cifar10",
+    "#a-small-resnet-on-cifar-10-resolution-and-a-bias-by-position",
+)
+_FAST = Study(
+    "small ResNet, CIFAR-10", "fast", "predictions.md#a-third-explanation-a-memory-that-learns-fast"
+)
+_ROLLED = Study("small ResNet, rolled CIFAR-10", "predictions", "predictions.md")
+_PHOTOS = Study(
+    "small ResNet, groceries", "small_resnet_grocery", "#photographs-of-groceries-the-same"
+)
+_TUNED = Study(
+    "EfficientNet, CIFAR-10",
+    "pretrained_cifar10",
+    "#efficientnet-lite0-on-cifar-10-nothing-but-for-a-frozen-backbone",
+)
+_TUNED_PHOTOS = Study(
+    "EfficientNet, groceries", "pretrained_grocery", "../README.md#your-own-photographs"
+)
+_FROZEN = Study(
+    "frozen EfficientNet, CIFAR-10",
+    "adapters",
+    "predictions.md#a-fourth-a-memory-as-an-adapter-of-a-frozen-network",
+)
+_FROZEN_PHOTOS = Study(
+    "frozen EfficientNet, groceries",
+    "adapters_grocery",
+    "predictions.md#the-same-on-photographs-and-what-kind-of-bias-it-is",
+)
+_DIGITS = Study("MLP, digits", "digits_mlp", "#handwritten-digits-an-mlp-no")
+
+CLAIMS = (
+    Claim(_SMALL, "twice the resolution, without memory", "control_stride1", "control"),
+    Claim(_SMALL, "memory as published", "published", "control_stride1"),
+    Claim(_PHOTOS, "memory as published", "published", "control_stride1"),
+    Claim(_SMALL, "memory, against as many parameters", "published", "control_params"),
+    Claim(_SMALL, "writing in it, as published", "published", "published_no_update"),
+    Claim(_SMALL, "writing, all blocks read it", "aim", "aim_no_update"),
+    Claim(_ROLLED, "memory where positions mean nothing", "roll_published", "roll_control"),
+    Claim(_FAST, "fast bias by position, against memory", "bias_fast", "published_no_update"),
+    Claim(_TUNED, "memory, fine-tuned", "aim", "control"),
+    Claim(_TUNED_PHOTOS, "memory, fine-tuned", "aim", "control"),
+    Claim(_FROZEN, "memory", "aim", "control"),
+    Claim(_FROZEN, "memory, against gates from the image", "aim", "gates"),
+    Claim(_FROZEN, "writing in it", "aim", "no_update"),
+    Claim(_FROZEN_PHOTOS, "memory", "aim", "control"),
+    Claim(_FROZEN_PHOTOS, "bias for each channel, against memory", "flat", "aim"),
+    Claim(_FROZEN_PHOTOS, "low-rank change of kernels, against memory", "low_rank", "aim"),
+    Claim(_DIGITS, "memory", "aim", "control"),
+)
+
+
+def table() -> str:
+    """Returns the table, a row for each claim."""
+    rows = [
+        [
+            "difference",
+            "network and images",
+            "arms",
+            "seeds",
+            "points (95 % interval)",
+            "p",
+            "would show",
+        ]
+    ]
+    for claim in CLAIMS:
+        found = claim.comparison
+        summary = found.summary
+        least = 100 * smallest_effect(summary.n) * summary.deviation
+        rows.append(
+            [
+                claim.difference,
+                f"[{claim.study.network}]({claim.study.place})",
+                f"`{claim.arm}` − `{claim.reference}`",
+                str(summary.n),
+                interval(summary),
+                p_value(found.p),
+                f"{least:.1f}",
+            ]
+        )
+    return markdown.table(rows, left=3)
+
+
+def draw(path: Path) -> None:
+    """Draws each difference with its interval, grouped by network."""
+    figure = Figure(figsize=(9, 0.34 * len(CLAIMS) + 1.2), layout="constrained")
+    axis = figure.subplots()
+    for place, claim in enumerate(CLAIMS):
+        found = claim.comparison.summary
+        low, mean, high = (100 * value for value in (found.low, found.mean, found.high))
+        axis.errorbar(
+            mean, place, xerr=[[mean - low], [high - mean]], marker="o", capsize=3, color="C0"
+        )
+    axis.axvline(0, color="grey", linewidth=1)
+    axis.set_yticks(
+        range(len(CLAIMS)),
+        [f"{claim.study.network}: {claim.difference}" for claim in CLAIMS],
+    )
+    axis.invert_yaxis()
+    axis.set_xlabel("difference in test accuracy, same seed (percentage points)")
+    set_title(figure, "Mean and 95 % interval")
+    files.save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    given = parser.parse_args()
+    print(table())
+    draw(given.figure)
+
+
+if __name__ == "__main__":
+    main()
