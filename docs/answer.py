@@ -155,8 +155,8 @@ def draw(path: Path) -> None:
         [f"{claim.study.network}: {claim.difference}" for claim in CLAIMS],
     )
     axis.invert_yaxis()
-    axis.set_xlabel("difference in test accuracy, same seed (percentage points)")
-    set_title(figure, "Mean and 95 % interval")
+    axis.set_xlabel("percentage points")
+    set_title(figure, "Differences in test accuracy, same seed: mean and 95 % interval")
     files.save_figure(figure, path)
 
 

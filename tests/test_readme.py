@@ -34,6 +34,7 @@ STUDIES = {
     "predictions": range(400, 410),
     "patterns": range(500, 510),
     "fast": range(510, 520),
+    "search_strong": range(800, 801),
     "adapters": range(710, 715),
     "adapters_grocery": range(720, 723),
 }
