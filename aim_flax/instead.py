@@ -368,10 +368,9 @@ def _with_bias(call: Call, y: jax.Array, scope: Scope, stddev: float) -> jax.Arr
 
 def _gated(call: Call, y: jax.Array, scope: Scope, hidden: int, zero_init: bool) -> jax.Array:
     """Returns an output with its channels multiplied by a gate, of y's shape and dtype."""
-    module, axes = call.module, call.x.ndim - 2
+    axes, dense = call.x.ndim - 2, _dense(call.module)
     shape = y.shape[:1] + (1,) * axes + y.shape[axes + 1 :]
     z = y.mean(axis=tuple(range(1, axes + 1))).reshape(len(y), -1)
-    dense = partial(nn.Dense, use_bias=False, dtype=module.dtype, param_dtype=module.param_dtype)
     squeezed = nn.relu(dense(hidden, parent=scope.push("squeeze", reuse=True))(z))
     if zero_init:
         dense = partial(dense, kernel_init=nn.initializers.zeros)
@@ -389,15 +388,17 @@ def _with_low_rank(call: Call, y: jax.Array, scope: Scope, rank: int) -> jax.Arr
     few = twin(module, kind, scope.push("down", reuse=True), **changes)(call.x)
     features = y.shape[call.x.ndim - 1 :]
     _check_share(call, y, few.shape[1:-1] + features)
-    up = nn.Dense(
+    up = _dense(module)(
         math.prod(features),
-        use_bias=False,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
         kernel_init=nn.initializers.zeros,
         parent=scope.push("up", reuse=True),
     )
     return y + up(few).reshape(y.shape).astype(y.dtype)
+
+
+def _dense(module: nn.Module) -> Callable[..., nn.Dense]:
+    """Returns what makes Dense layers without biases, of a layer's dtypes."""
+    return partial(nn.Dense, use_bias=False, dtype=module.dtype, param_dtype=module.param_dtype)
 
 
 # Those whose size is chosen by `hidden`; layers of vectors can have them, too.

@@ -8,13 +8,15 @@ results/, paired by seed.
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from aim_flax import files, markdown
 from aim_flax.plots import set_title
-from aim_flax.statistics import Comparison, compare, p_value, smallest_effect
+from aim_flax.statistics import Comparison, compare, p_value
+from aim_flax.study.power import smallest_difference
 from aim_flax.study.results import accuracies_by_arm, read_recorded
 from aim_flax.study.table import interval
 
@@ -36,10 +38,6 @@ class Study:
     file: str
     place: str
 
-    def compare(self, arm: str, reference: str) -> Comparison:
-        runs = read_recorded(ROOT / "results" / f"{self.file}.csv")
-        return compare(accuracies_by_arm(runs), reference)[arm]
-
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
@@ -52,7 +50,13 @@ class Claim:
 
     @property
     def comparison(self) -> Comparison:
-        return self.study.compare(self.arm, self.reference)
+        return _compared(self.study.file, self.reference)[self.arm]
+
+
+@functools.cache
+def _compared(file: str, reference: str) -> dict[str, Comparison]:
+    runs = read_recorded(ROOT / "results" / f"{file}.csv")
+    return compare(accuracies_by_arm(runs), reference)
 
 
 _SMALL = Study(
@@ -123,17 +127,15 @@ def table() -> str:
     ]
     for claim in CLAIMS:
         found = claim.comparison
-        summary = found.summary
-        least = 100 * smallest_effect(summary.n) * summary.deviation
         rows.append(
             [
                 claim.difference,
                 f"[{claim.study.network}]({claim.study.place})",
                 f"`{claim.arm}` − `{claim.reference}`",
-                str(summary.n),
-                interval(summary),
+                str(found.summary.n),
+                interval(found.summary),
                 p_value(found.p),
-                f"{least:.1f}",
+                f"{100 * smallest_difference(found):.1f}",
             ]
         )
     return markdown.table(rows, left=3)

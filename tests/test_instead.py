@@ -174,24 +174,19 @@ def test_gates_see_the_mean_over_positions(size):
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (nn.Conv, dict(kernel_size=(3, 2), strides=(2, 1), padding="VALID")),
-        (nn.Conv, dict(kernel_size=(1, 1))),
-        (nn.Dense, {}),
-    ],
-    ids=["strided", "pointwise", "dense"],
-)
-def test_a_change_of_low_rank_is_one_of_the_kernel(kind, options):
-    x = draw(3, 5, 4, 6)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "groups"])
+def test_a_change_of_low_rank_is_one_of_the_kernel(name):
+    size, kind, options = LAYERS[name]
+    x = draw(3, *size, 4)
     net = one(kind, "low_rank", (2,), **options)
     variables = random_variables(net, x)
     layer = dict(variables["params"]["layer"])
     change = layer.pop("low_rank")
-    assert change["down"]["kernel"].shape[-2:] == (6, 2)
     assert change["up"]["kernel"].shape == (2, 6)
-    layer["kernel"] = layer["kernel"] + change["down"]["kernel"] @ change["up"]["kernel"]
+    down = change["down"]["kernel"]
+    # A turned kernel has the outputs before the inputs.
+    product = "...ri,ro->...oi" if options.get("transpose_kernel") else "...ir,ro->...io"
+    layer["kernel"] = layer["kernel"] + np.einsum(product, down, change["up"]["kernel"])
     expected = jax.jit(net.backbone.apply)({"params": {"layer": layer}}, x)
     assert_close(jax.jit(net.apply)(variables, x), expected)
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from aim_flax.errors import UsageError, check_choice
 from aim_flax.memory import Memory, check_memory
-from aim_flax.models.build import build_model, plain, trained
+from aim_flax.models.build import build_model, trained
 from aim_flax.models.describe import multiply_adds
 from aim_flax.models.resnet import stage_widths
 
@@ -105,10 +105,9 @@ def _sized(config: ConfigDict, kind: str) -> None:
     _put_instead(config, kind, _pattern_of_reads(config))
     layers = build_model(config).places(_images(config, 1))
     channels = [layer.channels for layer in layers]
-    alone, _ = count(plain(config))
-    config.instead.hidden = (1,)
     # Each of its matrices has `hidden` rows or columns.
-    each = _sizes_by_layer(config, [layer.path for layer in layers])
+    config.instead.hidden = (1,)
+    alone, each = _sizes_by_layer(config, [layer.path for layer in layers])
 
     def size(hidden: tuple[int, ...]) -> int:
         return alone + sum(n * h for n, h in zip(each, hidden, strict=True))
@@ -125,20 +124,16 @@ def _sized(config: ConfigDict, kind: str) -> None:
     config.instead.hidden = hidden
 
 
-def _sizes_by_layer(config: ConfigDict, layers: Sequence[str]) -> list[int]:
-    """Returns how many parameters are latched on to each layer in the memory's place."""
+def _sizes_by_layer(config: ConfigDict, layers: Sequence[str]) -> tuple[int, list[int]]:
+    """Returns the parameters of the network alone, and of what is latched on to each layer."""
     shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), _images(config, 1))
     params = flatten_dict(shapes["params"], sep="/")
-    kind = config.instead.kind
-    return [
-        sum(
-            leaf.size
-            for path, value in params.items()
-            if path.startswith(f"{layer}/{kind}/")
-            for leaf in jax.tree.leaves(value)
-        )
-        for layer in layers
-    ]
+    sizes = {
+        path: sum(leaf.size for leaf in jax.tree.leaves(value)) for path, value in params.items()
+    }
+    starts = [f"{layer}/{config.instead.kind}/" for layer in layers]
+    each = [sum(n for path, n in sizes.items() if path.startswith(start)) for start in starts]
+    return sum(sizes.values()) - sum(each), each
 
 
 def _pattern_of_reads(config: ConfigDict) -> str:

@@ -48,7 +48,7 @@ def power_table(
     header += [f"seeds for {value:g}" for value in points]
     cells = [header]
     for arm, comparison in compared.items():
-        smallest, deviation = _smallest(comparison), comparison.summary.deviation
+        smallest, deviation = smallest_difference(comparison), comparison.summary.deviation
         row = [f"`{arm}`", str(comparison.summary.n)]
         if smallest is None:
             row += ["unknown"] * (2 + len(points))
@@ -69,7 +69,7 @@ def power_table(
 def smallest_differences(compared: Mapping[str, Comparison]) -> str:
     """Returns a sentence with the smallest difference that the seeds of each arm would show, or ""
     if that is known of none."""
-    known = {arm: _smallest(comparison) for arm, comparison in compared.items()}
+    known = {arm: smallest_difference(comparison) for arm, comparison in compared.items()}
     listed = ", ".join(f"`{arm}` {100 * x:.2f}" for arm, x in known.items() if x is not None)
     if not listed:
         return ""
@@ -79,7 +79,7 @@ def smallest_differences(compared: Mapping[str, Comparison]) -> str:
     )
 
 
-def _smallest(comparison: Comparison) -> float | None:
+def smallest_difference(comparison: Comparison) -> float | None:
     """Returns the smallest difference, in accuracy, that as many seeds show; None: not known."""
     summary = comparison.summary
     return smallest_effect(summary.n) * summary.deviation if summary.deviation else None
