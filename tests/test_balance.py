@@ -101,7 +101,8 @@ def uneven():
     return InMemory(whole.classes, {**whole.splits, "train": part})
 
 
-@pytest.mark.parametrize("balance", ["weights", pytest.param("sampling", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("balance", ["weights", "sampling"])
 def test_devices_and_seeds_together_make_no_difference(uneven, monkeypatch, balance):
     monkeypatch.setattr("aim_flax.train.experiment.open_dataset", lambda config: uneven)
     config = digits("control", f"train.balance={balance}", "train.batch_size=16")

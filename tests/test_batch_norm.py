@@ -42,6 +42,7 @@ def test_outputs_gradients_and_statistics_are_flaxs(running, dtype):
     assert moved.all() == (not running)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_all_devices():
     x = jnp.asarray(draw(4, 3, 3, 2))
     one, many = (BatchNorm(use_running_average=False, axis_name=axis) for axis in (None, "batch"))

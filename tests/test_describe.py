@@ -168,6 +168,7 @@ def test_counts_above_are_those_of_the_published_code():
         assert sum(COUNTS[f"stanford_dogs_{arm}"]) == total
 
 
+@pytest.mark.slow
 def test_control_has_a_quarter_of_the_multiplications():
     """The published comparison's confound: the stems' strides differ."""
     adds = {}

@@ -199,6 +199,7 @@ def test_a_signal_on_a_full_disk_says_what_is_saved(experiment, tmp_path):
     assert steps(run) == [19]
 
 
+@pytest.mark.slow
 def test_a_study_stops_in_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["ablate.py"])
     study, undisturbed = tmp_path / "study", tmp_path / "undisturbed"

@@ -199,7 +199,8 @@ def test_evaluation_of_the_best_checkpoint_equals_the_summary(run, devices, caps
     assert f"accuracy {summary['test_accuracy']:.2%}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_evaluations_leave_nothing_in_memory(run, kind):
     """Each compiles a program, and reads the images."""
     backend = jax.extend.backend.get_backend()

@@ -65,6 +65,7 @@ def run(tmp_path_factory, standard_promotion):
     return folder / "run", sorted(photographs.glob("test/*/*"))
 
 
+@pytest.mark.slow
 def test_the_file_runs_alone_and_is_equal_bit_for_bit(run, tmp_path, capsys):
     """With the code of the docs."""
     workdir, files = run

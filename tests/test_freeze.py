@@ -71,6 +71,7 @@ def test_what_is_frozen_keeps_its_values_and_all_else_learns(pattern, trained, s
     assert sum(held) < sum(leaf.size for leaf in jax.tree.leaves(after.params)) * 2
 
 
+@pytest.mark.slow
 def test_reads_that_start_at_zero_are_not_all_frozen():
     """The memory could do nothing: a study of it would find that it makes no difference."""
     pattern = "(?!head/(kernel|bias)).*"
@@ -113,6 +114,7 @@ def test_frozen_batch_norms_are_those_of_evaluation():
         np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parts_have_rates_of_their_own():
     plain = step(optax.sgd(0.1))
     rates = ("head/kernel=10", "head/.*=0.5", "(?!dense).*=1")

@@ -387,6 +387,7 @@ PIXELS = np.ones((1, 8, 8, 1), np.float32)
 GATES = ("instead.kind=squeeze_excite", r"instead.at=layer\d/dense|head", "instead.hidden=(4,)")
 
 
+@pytest.mark.slow
 def test_gates_alone_are_trained_the_same_on_one_device_and_two():
     """With pmap and shard_map; what is frozen is the backbone."""
     frozen = (*GATES, "train.freeze=(?!.*squeeze_excite).*")

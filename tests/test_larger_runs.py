@@ -105,6 +105,7 @@ def test_each_part_has_every_so_manieth_example_and_its_own_dropout():
     assert set(memory) == {float(whole.model_state["noted"]["calls"][-1, 2])}
 
 
+@pytest.mark.slow
 def test_batch_norms_see_a_part_at_a_time():
     net = Net(norm=True)
     (before, state), _ = steps(net, accumulate=3)
@@ -280,10 +281,9 @@ def on_one_device(network, optimizer):
     return thirty_steps(network, "pmap", 1, optimizer)
 
 
-@pytest.mark.parametrize(
-    ("kind", "count"), [pytest.param("pmap", 2, marks=pytest.mark.slow), ("shard_map", 8)]
-)
-@pytest.mark.parametrize("network", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "count"), [("pmap", 2), ("shard_map", 8)])
+@pytest.mark.parametrize("network", ["mlp", "resnet"])
 def test_devices_make_no_difference(network, kind, count):
     optimizer = SGD if network == "mlp" else GENTLE
     expected_losses, expected = on_one_device(network, optimizer)

@@ -81,7 +81,8 @@ def steps_of(count, steps, *assignments):
         return first_steps(digits("aim_no_update", *assignments), count, steps)
 
 
-@pytest.mark.parametrize("parallel", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
 def test_all_devices_draw_the_same_noise(parallel):
     options = ("memory.kind=noise", "memory.read_mode=add", f"parallel={parallel}")
     losses, before, expected = steps_of(1, 2, *options)

@@ -159,6 +159,7 @@ def test_a_head_of_other_classes_is_new_and_all_else_is_theirs(arm, tmp_path):
     assert read(written(TORCH, tmp_path, **without)).new_head
 
 
+@pytest.mark.slow
 def test_a_memory_starts_with_exactly_their_outputs(tmp_path):
     """With add and zero_init; other values of what is latched on change them."""
     images = jnp.asarray(others.images(), jnp.float32)

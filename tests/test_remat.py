@@ -90,7 +90,7 @@ def kept(loss, params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize("network", ["plain", "carried"])
+@pytest.mark.parametrize("network", ["plain", pytest.param("carried", marks=pytest.mark.slow)])
 def test_less_is_kept(network):
     sizes = [kept(*loss_of(NETWORKS[network], p)) for p in ("", "block1", "block.")]
     assert sizes[0] > sizes[1] > sizes[2]

@@ -103,7 +103,7 @@ def golden_run(read_mode, dtype):
     ("read_mode", "dtype", "tolerance"),
     [
         pytest.param("concat", "float64", 1e-6, marks=pytest.mark.slow),
-        ("add", "float64", 1e-6),
+        pytest.param("add", "float64", 1e-6, marks=pytest.mark.slow),
         ("concat", "float32", 1e-4),
     ],
 )

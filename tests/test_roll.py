@@ -119,6 +119,7 @@ def test_evaluation_rolls_each_image_alike_every_time(datasets):
     assert_equal(seen(in_memory, 3, roll=False), images.astype(np.float32))
 
 
+@pytest.mark.slow
 def test_training_rolls_by_seed_and_step_in_memory_and_streamed(datasets):
     streamed, in_memory = datasets
     how = dict(augmentation=ROLL)

@@ -229,7 +229,8 @@ def trained_at(config, step: int) -> Path:
     return Path(dataset._splits["train"].name(int(first)))
 
 
-@pytest.mark.parametrize("compared", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compared", [False, True])
 def test_run_stops_at_a_damaged_validation_image_and_loses_nothing(tmp_path, compared):
     """The epoch is trained, and evaluated once its images can be read; the end is the same."""
     config = streaming(write_folder(tmp_path / "photographs"))

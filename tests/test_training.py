@@ -363,7 +363,8 @@ def test_plateau_cuts_and_early_stopping_end_a_run(tmp_path):
     assert rates.tolist() == pytest.approx([1e-9, 1e-9, 1e-10, 1e-11, 1e-12], rel=1e-5)
 
 
-@pytest.mark.parametrize("arm", [pytest.param("aim_direct", marks=pytest.mark.slow), "control"])
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["aim_direct", "control"])
 def test_arms_train_in_bfloat16(tmp_path, arm):
     config = digits(arm, "dtype=bfloat16", "train.epochs=2", "optimizer.name=adamw")
     loop.run(config, tmp_path / "run", 2, quiet=True)
@@ -373,6 +374,7 @@ def test_arms_train_in_bfloat16(tmp_path, arm):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_repeat():
     states = [Experiment(digits("aim", f"seed={seed}"), 1).initial_state() for seed in (0, 0, 1)]
     kernels = [state.params["head"]["kernel"] for state in states]

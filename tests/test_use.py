@@ -193,6 +193,11 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path, monkeypatch,
     Path("elsewhere/back").symlink_to("../photos")
     assert inputs.find(["photos"]) == ["photos/a/3.jpg", *linked]
     assert capsys.readouterr().err == "photos: passed over 3 links in a circle\n"
+    # Two such links have more paths than can be walked.
+    for pattern in ("photos/**/*.jpg", "photos/**/*", "p*s/**"):
+        assert inputs.find([pattern]) == sorted(["photos/a/3.jpg", *linked])
+        assert capsys.readouterr().err == f"{pattern}: passed over 3 links in a circle\n"
+    assert inputs.find(["photos/a/again/*.jpg"]) == ["photos/a/again/3.jpg"]
     Path("photos/self").symlink_to("self")
     with refused("photos/self can't be read: Too many levels of symbolic links"):
         inputs.find(["photos"])

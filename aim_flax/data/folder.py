@@ -305,7 +305,7 @@ def _meant(name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class Found:
     """What lies in a directory, sorted: the names of its folders and images, and {name: kind} of
     what else does. Hidden things are left out."""
 
@@ -314,7 +314,7 @@ class _Found:
     others: dict[str, str]
 
 
-def scan(directory: Path, problems: list[str], suffixes: Sequence[str]) -> _Found:
+def scan(directory: Path, problems: list[str], suffixes: Sequence[str]) -> Found:
     """Returns what is in a folder, in the order of its names; links are followed.
 
     Args:
@@ -322,7 +322,7 @@ def scan(directory: Path, problems: list[str], suffixes: Sequence[str]) -> _Foun
       problems: gets a line for what can't be read.
       suffixes: of images.
     """
-    found = _Found([], [], {})
+    found = Found([], [], {})
     try:
         entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except OSError as error:

@@ -84,7 +84,7 @@ def test_concat_widens_the_kernels_of_reading_layers_and_nothing_else():
     assert_equal({name: latched_dense1[name] for name in plain_dense1}, plain_dense1)
 
 
-@pytest.mark.parametrize("mode", ["add", "scale"])
+@pytest.mark.parametrize("mode", [pytest.param("add", marks=pytest.mark.slow), "scale"])
 def test_zero_init_starts_out_as_the_plain_network(mode):
     # As users compile it: with all optimisations.
     jax.config.update("jax_disable_most_optimizations", False)
