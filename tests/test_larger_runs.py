@@ -82,7 +82,9 @@ def steps(net, count=1, **options):
     return states, metrics
 
 
-@pytest.mark.parametrize(("parts", "unroll"), [(3, True), (12, False)])
+@pytest.mark.parametrize(
+    ("parts", "unroll"), [(3, True), pytest.param(12, False, marks=pytest.mark.slow)]
+)
 def test_parts_make_the_step_of_the_whole_batch(parts, unroll):
     weights = [1.0, 2.0, 0.5]
     (*_, whole), expected = steps(Net(), class_weights=weights)

@@ -15,11 +15,10 @@ from tests.test_arms import SMALLER
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 PLATFORMS = ("cuda", "tpu")
-# Each network, and each way to carry a memory. Tracing a step takes a second or two even of small
-# ones, and there are 35 arms: the others are slow tests. Sizes change no operation.
+# An MLP's, and a ResNet's that carries its memory. Tracing a step takes seconds even of small ones,
+# and there are 35 arms: the others are slow tests. Sizes change no operation.
 QUICK = [
     *[arm for arm in arms() if arm.startswith("digits_mlp:")],
-    "image_folder_efficientnet:aim",
     "stanford_dogs_resnet50:aim_state",
 ]
 # The fewest stages and layers with which every pattern still finds its place.

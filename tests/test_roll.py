@@ -102,6 +102,7 @@ def seen(dataset, seed, batch_size=8, count=1, kind="pmap", roll=True) -> np.nda
     return np.concatenate([images[counted] for images, counted in found])
 
 
+@pytest.mark.slow
 def test_evaluation_rolls_each_image_alike_every_time(datasets):
     streamed, in_memory = datasets
     images, reference = in_memory.splits["test"].images, seen(in_memory, 3)

@@ -249,6 +249,7 @@ def test_run_stops_at_a_damaged_validation_image_and_loses_nothing(tmp_path, com
         assert_same_end(tmp_path / "run", tmp_path / "undamaged")
 
 
+@pytest.mark.slow
 def test_a_damaged_training_image_stops_each_start_and_may_then_be_left_out(tmp_path, capsys):
     config = streaming(write_folder(tmp_path / "photographs"), "train.checkpoint_minutes=0")
     file, run = trained_at(config, 5), tmp_path / "run"

@@ -125,6 +125,7 @@ def on_devices(n, axis_name):
     return variables, step(variables, x.reshape(n, 8 // n, 4))
 
 
+@pytest.mark.slow
 def test_a_step_on_several_devices_is_the_step_on_the_whole_batch():
     before, expected = on_devices(1, None)
     _, after = on_devices(4, "batch")
