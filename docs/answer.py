@@ -79,6 +79,7 @@ _TUNED = Study(
 _TUNED_PHOTOS = Study(
     "EfficientNet, groceries", "pretrained_grocery", "../README.md#your-own-photographs"
 )
+_SEARCHED = Study("EfficientNet, groceries", "confirm_grocery", "search.md#on-the-photographs")
 _FROZEN = Study(
     "frozen EfficientNet, CIFAR-10",
     "adapters",
@@ -102,6 +103,9 @@ CLAIMS = (
     Claim(_FAST, "fast bias by position, against memory", "bias_fast", "published_no_update"),
     Claim(_TUNED, "memory, fine-tuned", "aim", "control"),
     Claim(_TUNED_PHOTOS, "memory, fine-tuned", "aim", "control"),
+    Claim(_SEARCHED, "best form of a search, fine-tuned", "attend_erase_add", "control"),
+    Claim(_SEARCHED, "low-rank change of kernels, against it", "low_rank", "attend_erase_add"),
+    Claim(_SEARCHED, "three more epochs, against it", "longer", "attend_erase_add"),
     Claim(_FROZEN, "memory", "aim", "control"),
     Claim(_FROZEN, "memory, against gates from the image", "aim", "gates"),
     Claim(_FROZEN, "writing in it", "aim", "no_update"),

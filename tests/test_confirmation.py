@@ -8,6 +8,7 @@ from aim_flax.files import write_csv
 from aim_flax.study.results import COLUMNS
 from tests.runs import ROOT
 
+PAGE = (ROOT / "docs" / "search.md").read_text()
 SCRIPT = runpy.run_path(str(ROOT / "docs" / "confirmation.py"))
 FORMS, BESIDE = SCRIPT["FORMS"], SCRIPT["BESIDE"]
 # Of ten seeds, in points; each arm has them in an order of its own.
@@ -33,6 +34,13 @@ def sets(tmp_path):
         return [SCRIPT["comparisons"](file) for file in files]
 
     return written
+
+
+def test_the_page_has_the_table_of_the_sets_that_have_run(capsys):
+    SCRIPT["main"]()
+    table, _, verdict = capsys.readouterr().out.partition("\n\n")
+    assert table.strip() in PAGE
+    assert verdict.strip() in PAGE
 
 
 def test_a_form_that_beats_all_on_both_sets_wins(sets):

@@ -35,6 +35,7 @@ STUDIES = {
     "patterns": range(500, 510),
     "fast": range(510, 520),
     "search_strong": range(800, 802),
+    "confirm_grocery": range(810, 820),
     "adapters": range(710, 715),
     "adapters_grocery": range(720, 723),
 }
@@ -115,6 +116,12 @@ def test_first_screen_says_what_the_committed_results_are():
     found = {arm: 100 * values for arm, values in accuracies("pretrained_cifar10").items()}
     gain = (found["aim"] - found["control"]).mean()
     assert f"on CIFAR-10 {gain:+.1f}, {len(found['aim'])} seeds)" in summary
+    found = {arm: 100 * values for arm, values in accuracies("confirm_grocery").items()}
+    best, other, longer = (
+        (found[arm] - found["control"]).mean() for arm in ("attend_erase_add", "large", "longer")
+    )
+    assert f"are {best:+.1f} and {other:+.1f} points from it, where three more" in summary
+    assert f"three more epochs gain {longer:.1f}." in summary
     frozen = points("adapters", "aim", "control")
     assert f"a memory gains {frozen} points** on CIFAR-10" in summary
     assert 0.7 < float(points("adapters", "no_update", "control")) / float(frozen) < 0.75
