@@ -1,12 +1,10 @@
 """Prints the table of docs/search.md that says whether a memory wins: its rule, as code.
 
-    python docs/confirmation.py [FILE ...]
+    python docs/confirmation.py
 
-The files are those of the two image sets, results/confirm_grocery.csv and confirm_cifar10.csv. The
-rule is that of the page, which stood before the runs.
+Of the image sets that have run. The rule is that of the page, which stood before the runs.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +26,8 @@ LEVEL = 0.01
 def comparisons(file: Path) -> dict[tuple[str, str], Comparison]:
     """Returns {(form, what is beside it): the difference} on an image set."""
     arms = accuracies_by_arm(read_recorded(file))
-    return {(form, other): compare(arms, other)[form] for other in BESIDE for form in FORMS}
+    beside = {other: compare(arms, other) for other in BESIDE}
+    return {(form, other): found[form] for other, found in beside.items() for form in FORMS}
 
 
 def is_better(found: Comparison) -> bool:
@@ -46,8 +45,10 @@ def winners(sets: Sequence[dict[tuple[str, str], Comparison]]) -> list[str]:
 
 def table(names: Sequence[str], sets: Sequence[dict[tuple[str, str], Comparison]]) -> str:
     """Returns the table: a row for each form and what is beside it, two columns for each set."""
-    columns = [[f"{name}: points (95 % interval)", "p"] for name in names]
-    rows = [["form", "against", *sum(columns, [])]]
+    header = ["form", "against"]
+    for name in names:
+        header += [f"{name}: points (95 % interval)", "p"]
+    rows = [header]
     for form in FORMS:
         for other in BESIDE:
             cells = [f"`{form}`", f"`{other}`"]
@@ -57,9 +58,8 @@ def table(names: Sequence[str], sets: Sequence[dict[tuple[str, str], Comparison]
     return markdown.table(rows, left=2)
 
 
-def main(*files: Path) -> None:
-    given = dict(zip(FILES, files, strict=False)) if files else FILES
-    there = {name: file for name, file in given.items() if file.is_file()}
+def main() -> None:
+    there = {name: file for name, file in FILES.items() if file.is_file()}
     sets = [comparisons(file) for file in there.values()]
     print(table(list(there), sets))
     if len(sets) == len(FILES):
@@ -67,4 +67,4 @@ def main(*files: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main()
