@@ -3,7 +3,8 @@
 data/null_study.csv and data/planted_study.csv are real runs: the digits MLP without memory,
 configs/digits_mlp.py:control, 10 epochs. In the null study `again` is `control` once more, with
 other seeds (`trained_with_seed`): there is nothing to find. In the planted study the hidden layers
-of `control` have 64 features, those of `half` 32 and those of `eighth` 8.
+of `control` have 64 features, those of `half` 32 and those of `eighth` 8. The two studies of a
+pretrained network are those of docs/search.md, in results/checks_strong.csv.
 """
 
 import itertools
@@ -17,7 +18,7 @@ from scipy import stats
 from aim_flax.statistics import Comparison, Summary, compare, holm, summarize
 from aim_flax.study.results import accuracies_by_arm
 from tests.asserts import refused
-from tests.runs import read_csv
+from tests.runs import ROOT, read_csv
 
 DATA = Path(__file__).parent / "data"
 
@@ -150,6 +151,15 @@ def test_planted_study_is_found(seeds):
         assert result.summary.n == len(seeds)
         assert result.p_holm < 0.001
         assert result.summary.high < 0
+
+
+def test_in_a_pretrained_network_nothing_is_not_found_and_something_is():
+    """The rule of docs/search.md, which stood before the runs."""
+    found = compare(accuracies_by_arm(read_csv(ROOT / "results" / "checks_strong.csv")), "control")
+    assert [comparison.summary.n for comparison in found.values()] == [10, 10]
+    assert found["again"].p > 0.05
+    assert found["fewer"].p < 0.01
+    assert found["fewer"].summary.high < 0
 
 
 def test_false_findings_are_as_rare_as_stated():

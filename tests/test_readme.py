@@ -36,6 +36,7 @@ STUDIES = {
     "fast": range(510, 520),
     "search_strong": range(800, 802),
     "confirm_grocery": range(810, 820),
+    "checks_strong": range(810, 820),
     "adapters": range(710, 715),
     "adapters_grocery": range(720, 723),
 }
