@@ -1,10 +1,11 @@
 """Prints the last two columns of docs/predictions.md: what was measured, and what comes of it.
 
-    python docs/predictions.py [FILE FILE FILE FILE FILE FILE]
+    python docs/predictions.py [FILE FILE FILE FILE FILE FILE FILE]
 
-The files are those of the six studies: results/predictions.csv, predictions_long.csv, patterns.csv,
-fast.csv, adapters.csv and adapters_grocery.csv. The rules are those of the page, which stood before
-the runs. A file that isn't there leaves the columns of its predictions empty.
+The files are those of the seven studies: results/predictions.csv, predictions_long.csv,
+patterns.csv, fast.csv, adapters.csv, adapters_grocery.csv and kernels.csv. The rules are those of
+the page, which stood before the runs. A file that isn't there leaves the columns of its predictions
+empty.
 """
 
 import functools
@@ -17,7 +18,10 @@ from aim_flax.study.results import accuracies_by_arm, read_recorded
 from aim_flax.study.table import interval
 
 RESULTS = Path(__file__).parents[1] / "results"
-_NAMES = ("predictions", "predictions_long", "patterns", "fast", "adapters", "adapters_grocery")
+_NAMES = (
+    *("predictions", "predictions_long", "patterns", "fast"),
+    *("adapters", "adapters_grocery", "kernels"),
+)
 FILES = tuple(RESULTS / f"{name}.csv" for name in _NAMES)
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 # What an arm is compared with, if it isn't the study's own control.
@@ -120,6 +124,13 @@ def of_groceries(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("aim", "low_rank"), outcome(holds, gain("low_rank", "aim").high < 0)
 
 
+def of_kernels(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the arms that predictions 27 and 28 are about, and what comes of each."""
+    changed = gain("low_rank")
+    for arm in ("fast_kernels", "fast"):
+        yield ("low_rank", arm), _as_much(gain(arm), changed)
+
+
 def _as_much(gained: Summary, whole: Summary) -> str:
     holds = gained.mean >= 0.75 * whole.mean and gained.low > 0
     return outcome(holds, gained.mean < 0.5 * whole.mean)
@@ -141,7 +152,13 @@ def _below_half(small: Summary, whole: Summary) -> str:
 
 
 def rows(
-    short: Path, long: Path, patterns: Path, fast: Path, adapters: Path, groceries: Path
+    short: Path,
+    long: Path,
+    patterns: Path,
+    fast: Path,
+    adapters: Path,
+    groceries: Path,
+    kernels: Path,
 ) -> list[tuple[str, str]]:
     """Returns what was measured and what comes of it, for each prediction in turn."""
     return [
@@ -151,6 +168,7 @@ def rows(
         *_of_file(fast, of_rates, count=4),
         *_of_file(adapters, of_adapters, count=4),
         *_of_file(groceries, of_groceries, count=6),
+        *_of_file(kernels, of_kernels, count=2),
     ]
 
 

@@ -55,6 +55,11 @@ GROCERIES = {
     "whole_aim": 0.0,
     "low_rank": 9.0,
 }
+KERNELS = {
+    "low_rank": 3.0,
+    "fast_kernels": 3.0,
+    "fast": 2.5,
+}
 CONTROLS = {
     "control_stride1": 40.0,
     "roll_control": 20.0,
@@ -90,6 +95,7 @@ def outcomes(
     of_rates=(),
     of_adapters=(),
     of_groceries=(),
+    of_kernels=(),
 ):
     short = write(tmp_path / "short.csv", GAINS | dict(changed), spread)
     after = write(tmp_path / "long.csv", {"published_no_update": long}, spread)
@@ -97,15 +103,16 @@ def outcomes(
     fast = write(tmp_path / "fast.csv", FAST | dict(of_rates), spread)
     adapters = write(tmp_path / "adapters.csv", ADAPTERS | dict(of_adapters), spread)
     groceries = write(tmp_path / "groceries.csv", GROCERIES | dict(of_groceries), spread)
-    for file in (adapters, groceries):
+    kernels = write(tmp_path / "kernels.csv", KERNELS | dict(of_kernels), spread)
+    for file in (adapters, groceries, kernels):
         file.write_text(file.read_text().replace(",control_stride1,", ",control,"))
-    files = (short, after, patterns, fast, adapters, groceries)
+    files = (short, after, patterns, fast, adapters, groceries, kernels)
     return [result for _, result in SCRIPT["rows"](*files)]
 
 
 def test_all_can_hold(tmp_path):
-    assert outcomes(tmp_path) == ["holds"] * 26
-    names = ("short", "long", "patterns", "fast", "adapters", "groceries")
+    assert outcomes(tmp_path) == ["holds"] * 28
+    names = ("short", "long", "patterns", "fast", "adapters", "groceries", "kernels")
     files = (tmp_path / f"{name}.csv" for name in names)
     measured = [text for text, _ in SCRIPT["rows"](*files)]
     # The interval of five numbers with a standard deviation of 0.079 points.
@@ -129,7 +136,7 @@ def test_all_can_hold(tmp_path):
     ],
 )
 def test_each_can_fail_alone(tmp_path, number, changed):
-    expected = ["holds"] * 26
+    expected = ["holds"] * 28
     expected[number - 1] = "fails"
     assert outcomes(tmp_path, changed) == expected
 
@@ -147,7 +154,7 @@ def test_each_can_fail_alone(tmp_path, number, changed):
     ],
 )
 def test_each_can_be_undecided_alone(tmp_path, number, changed):
-    expected = ["holds"] * 26
+    expected = ["holds"] * 28
     expected[number - 1] = "undecided"
     assert outcomes(tmp_path, changed) == expected
 
@@ -195,12 +202,17 @@ def test_each_can_be_undecided_alone(tmp_path, number, changed):
         (25, {"whole_aim": -0.2}, "fails"),
         (26, {"low_rank": 7.0}, "fails"),
         (26, {"low_rank": 7.95}, "undecided"),
+        (27, {"fast_kernels": 1.4}, "fails"),
+        (27, {"fast_kernels": 2.0}, "undecided"),
+        (28, {"fast": -1.0}, "fails"),
+        (28, {"fast": 2.0}, "undecided"),
     ],
 )
 def test_each_of_later_studies_can_fail_or_be_undecided_alone(tmp_path, number, changed, result):
-    expected = ["holds"] * 26
+    expected = ["holds"] * 28
     expected[number - 1] = result
     last = {12: "of_patterns", 16: "of_rates", 20: "of_adapters", 26: "of_groceries"}
+    last[28] = "of_kernels"
     study = next(name for number_of_last, name in last.items() if number <= number_of_last)
     assert outcomes(tmp_path, **{study: changed}) == expected
 
@@ -217,11 +229,11 @@ def test_wide_intervals_decide_nothing_that_they_contain(tmp_path):
 
 def test_page_shows_what_was_measured():
     found = re.findall(r"^\| \d+ \|.*\|([^|]*)\|([^|]*)\|$", PAGE, re.MULTILINE)
-    assert len(found) == 26
+    assert len(found) == 28
     shown = [(measured.strip(), result.strip()) for measured, result in found]
     assert shown == SCRIPT["rows"](*SCRIPT["FILES"])
 
 
 def test_nothing_is_measured_without_results(tmp_path, capsys):
-    SCRIPT["main"](*[tmp_path / "none.csv"] * 6)
-    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 27))
+    SCRIPT["main"](*[tmp_path / "none.csv"] * 7)
+    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 29))
