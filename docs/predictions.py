@@ -126,9 +126,9 @@ def of_groceries(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def of_kernels(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yields the arms that predictions 27 and 28 are about, and what comes of each."""
-    changed = gain("low_rank")
+    changed = gain("lora")
     for arm in ("fast_kernels", "fast"):
-        yield ("low_rank", arm), _as_much(gain(arm), changed)
+        yield ("lora", arm), _as_much(gain(arm), changed)
 
 
 def _as_much(gained: Summary, whole: Summary) -> str:

@@ -120,7 +120,8 @@ def check(tmp_path, monkeypatch, capsys):
         else:
             result = run([word for word in argv if word != "--describe"])
             script = f"{argv[1]}.py" if program == "aim-flax" else argv[0]
-            if script == "ablate.py" and "--arms" not in argv:  # Of a study that is there.
+            arms = [word for flag, word in pairwise(argv) if flag in ("--arms", "--arm")]
+            if script == "ablate.py" and not arms:  # Of a study that is there.
                 assert result == f"{workdir}/study.json"
                 assert any(run.startswith(f"{workdir}/") for run in made)
             elif script in ("eval.py", "predict.py", "export.py"):
@@ -128,8 +129,8 @@ def check(tmp_path, monkeypatch, capsys):
                 assert workdir in made
                 made.update(place for flag, place in pairwise(argv) if flag == "--to")
             elif script == "ablate.py":
-                arms = argv[argv.index("--arms") + 1].split(",")
-                made.update(f"{workdir}/{arm}/0" for arm in arms)
+                names = [re.split("[=:]", arm)[0] for word in arms for arm in word.split(",")]
+                made.update(f"{workdir}/{name}/0" for name in names)
             elif script == "train.py":
                 made.add(workdir or str(default_workdir(result)))
 

@@ -56,7 +56,7 @@ GROCERIES = {
     "low_rank": 9.0,
 }
 KERNELS = {
-    "low_rank": 3.0,
+    "lora": 3.0,
     "fast_kernels": 3.0,
     "fast": 2.5,
 }
