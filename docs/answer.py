@@ -68,6 +68,12 @@ _FAST = Study(
     "small ResNet, CIFAR-10", "fast", "predictions.md#a-third-explanation-a-memory-that-learns-fast"
 )
 _ROLLED = Study("small ResNet, rolled CIFAR-10", "predictions", "predictions.md")
+_CURVES = Study(
+    "small ResNet, CIFAR-10",
+    "curves",
+    "#with-more-images-and-more-epochs-less",
+)
+_LONG = Study("small ResNet, CIFAR-10", "predictions_long", "predictions.md")
 _PHOTOS = Study(
     "small ResNet, groceries", "small_resnet_grocery", "#photographs-of-groceries-the-same"
 )
@@ -97,6 +103,20 @@ CLAIMS = (
     Claim(_SMALL, "memory as published", "published", "control_stride1"),
     Claim(_PHOTOS, "memory as published", "published", "control_stride1"),
     Claim(_SMALL, "memory, against as many parameters", "published", "control_params"),
+    Claim(_CURVES, "memory, 1,000 images", "published_1000x10", "control_stride1_1000x10"),
+    Claim(_CURVES, "memory, 20,000 images", "published_20000x10", "control_stride1_20000x10"),
+    Claim(
+        _CURVES,
+        "the same, against as many parameters",
+        "published_20000x10",
+        "control_params_20000x10",
+    ),
+    Claim(
+        _LONG,
+        "unwritten memory, 20,000 images, 30 epochs",
+        "published_no_update",
+        "control_stride1",
+    ),
     Claim(_SMALL, "writing in it, as published", "published", "published_no_update"),
     Claim(_SMALL, "writing, all blocks read it", "aim", "aim_no_update"),
     Claim(_ROLLED, "memory where positions mean nothing", "roll_published", "roll_control"),
