@@ -86,6 +86,11 @@ _TUNED_PHOTOS = Study(
     "EfficientNet, groceries", "pretrained_grocery", "../README.md#your-own-photographs"
 )
 _SEARCHED = Study("EfficientNet, groceries", "confirm_grocery", "search.md#on-the-photographs")
+_RATES = Study(
+    "EfficientNet, groceries",
+    "kernels",
+    "predictions.md#a-fifth-low-rank-changes-make-kernels-learn-faster",
+)
 _FROZEN = Study(
     "frozen EfficientNet, CIFAR-10",
     "adapters",
@@ -126,6 +131,8 @@ CLAIMS = (
     Claim(_SEARCHED, "best form of a search, fine-tuned", "attend_erase_add", "control"),
     Claim(_SEARCHED, "low-rank change of kernels, against it", "low_rank", "attend_erase_add"),
     Claim(_SEARCHED, "three more epochs, against it", "longer", "attend_erase_add"),
+    Claim(_RATES, "three times the learning rate, without memory", "fast", "control"),
+    Claim(_RATES, "low-rank change of kernels, against that rate", "lora", "fast"),
     Claim(_FROZEN, "memory", "aim", "control"),
     Claim(_FROZEN, "memory, against gates from the image", "aim", "gates"),
     Claim(_FROZEN, "writing in it", "aim", "no_update"),

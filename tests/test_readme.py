@@ -41,6 +41,7 @@ STUDIES = {
     "checks_strong": range(810, 820),
     "adapters": range(710, 715),
     "adapters_grocery": range(720, 723),
+    "kernels": range(830, 836),
 }
 
 
@@ -131,7 +132,8 @@ def test_first_screen_says_what_the_committed_results_are():
         (found[arm] - found["control"]).mean() for arm in ("attend_erase_add", "large", "longer")
     )
     assert f"are {best:+.1f} and {other:+.1f} points from it, where three more" in summary
-    assert f"three more epochs gain {longer:.1f}." in summary
+    fast = points("kernels", "fast", "control")
+    assert f"epochs gain {longer:.1f}, and three times the learning rate {fast}." in summary
     frozen = points("adapters", "aim", "control")
     assert f"a memory gains {frozen} points** on CIFAR-10" in summary
     assert 0.7 < float(points("adapters", "no_update", "control")) / float(frozen) < 0.75
