@@ -1,13 +1,14 @@
 """What all plots share: names as they are, titles that fit, and whole epochs."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from aim_flax.names import drawable
+from aim_flax.statistics import Summary
 
 # Up to so many epochs each is a point on its line. A run of one epoch is a point alone.
 _POINTS = 30
@@ -35,6 +36,16 @@ def set_title(figure: Figure, title: str) -> None:
     """Puts a title above a figure, in as many lines as its width takes."""
     width = int(11 * figure.get_figwidth())
     figure.suptitle("\n".join(textwrap.wrap(plain(title), width, break_on_hyphens=False)))
+
+
+def in_points(summaries: Iterable[Summary]) -> tuple[list[float], list[list[float]]]:
+    """Returns means, and how far their intervals reach below and above them, as `errorbar` takes
+    them, in percentage points."""
+    given = list(summaries)
+    means = [100 * summary.mean for summary in given]
+    below = [100 * (summary.mean - summary.low) for summary in given]
+    above = [100 * (summary.high - summary.mean) for summary in given]
+    return means, [below, above]
 
 
 def class_matrix(names: Sequence[str]) -> tuple[Figure, Axes]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from aim_flax import files, markdown
-from aim_flax.plots import set_title
+from aim_flax.plots import in_points, set_title
 from aim_flax.statistics import Comparison, compare, p_value
 from aim_flax.study.power import smallest_difference
 from aim_flax.study.results import accuracies_by_arm, read_recorded
@@ -68,11 +68,7 @@ _FAST = Study(
     "small ResNet, CIFAR-10", "fast", "predictions.md#a-third-explanation-a-memory-that-learns-fast"
 )
 _ROLLED = Study("small ResNet, rolled CIFAR-10", "predictions", "predictions.md")
-_CURVES = Study(
-    "small ResNet, CIFAR-10",
-    "curves",
-    "#with-more-images-and-more-epochs-less",
-)
+_CURVES = Study("small ResNet, CIFAR-10", "curves", "#with-more-images-and-more-epochs-less")
 _LONG = Study("small ResNet, CIFAR-10", "predictions_long", "predictions.md")
 _PHOTOS = Study(
     "small ResNet, groceries", "small_resnet_grocery", "#photographs-of-groceries-the-same"
@@ -176,12 +172,8 @@ def draw(path: Path) -> None:
     """Draws each difference with its interval, grouped by network."""
     figure = Figure(figsize=(9, 0.34 * len(CLAIMS) + 1.2), layout="constrained")
     axis = figure.subplots()
-    for place, claim in enumerate(CLAIMS):
-        found = claim.comparison.summary
-        low, mean, high = (100 * value for value in (found.low, found.mean, found.high))
-        axis.errorbar(
-            mean, place, xerr=[[mean - low], [high - mean]], marker="o", capsize=3, color="C0"
-        )
+    means, bars = in_points(claim.comparison.summary for claim in CLAIMS)
+    axis.errorbar(means, range(len(CLAIMS)), xerr=bars, fmt="o", capsize=3, color="C0")
     axis.axvline(0, color="grey", linewidth=1)
     axis.set_yticks(
         range(len(CLAIMS)),

@@ -8,15 +8,16 @@ NAME_IMAGESxEPOCHS; each is compared with a control of the same images, epochs a
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aim_flax import files, markdown
-from aim_flax.plots import set_title
-from aim_flax.statistics import Summary, compare, summarize
+from aim_flax.plots import in_points, set_title
+from aim_flax.statistics import Comparison, compare, summarize
+from aim_flax.study.power import smallest_difference
 from aim_flax.study.results import accuracies_by_arm, read_recorded
 from aim_flax.study.table import interval
 
@@ -30,12 +31,15 @@ _ARM = re.compile(r"(?P<name>\w+)_(?P<images>\d+)x(?P<epochs>\d+)")
 
 # So many images and epochs.
 Training = tuple[int, int]
-Accuracies = Mapping[int, float]
+# By training, arm and seed.
+Accuracies = Mapping[Training, Mapping[str, Mapping[int, float]]]
+# By arm and training.
+Gains = Mapping[str, Mapping[Training, Comparison]]
 
 
-def read(file: Path) -> dict[Training, dict[str, Accuracies]]:
+def read(file: Path) -> Accuracies:
     """Returns the test accuracies of each arm by seed, for each training, from the least."""
-    found: dict[Training, dict[str, Accuracies]] = {}
+    found: dict[Training, dict[str, Mapping[int, float]]] = {}
     for arm, accuracies in accuracies_by_arm(read_recorded(file)).items():
         named = _ARM.fullmatch(arm)
         training = int(named["images"]), int(named["epochs"])
@@ -43,69 +47,72 @@ def read(file: Path) -> dict[Training, dict[str, Accuracies]]:
     return dict(sorted(found.items()))
 
 
-def gains(
-    accuracies: Mapping[Training, Mapping[str, Accuracies]], reference: str
-) -> dict[str, dict[Training, Summary]]:
+def gains(accuracies: Accuracies, reference: str) -> Gains:
     """Returns the gain over a control, of each arm but the plain network."""
-    found: dict[str, dict[Training, Summary]] = {}
+    found: dict[str, dict[Training, Comparison]] = {}
     for training, arms in accuracies.items():
         for arm, comparison in compare(arms, reference).items():
             if arm != PLAIN:
-                found.setdefault(arm, {})[training] = comparison.summary
+                found.setdefault(arm, {})[training] = comparison
     return found
 
 
-def table(accuracies: Mapping[Training, Mapping[str, Accuracies]], reference: str) -> str:
+def table(accuracies: Accuracies, reference: str) -> str:
     """Returns the table: a row for each training, with a column for each arm's gain."""
     found = gains(accuracies, reference)
     lines = [["images", "epochs", "seeds", f"`{reference}`, %", *(f"`{arm}`" for arm in found)]]
     for training, arms in accuracies.items():
         control = summarize(list(arms[reference].values()))
-        cells = [interval(of_arm[training]) for of_arm in found.values()]
+        cells = [interval(of_arm[training].summary) for of_arm in found.values()]
         counts = [f"{training[0]:,}", str(training[1]), str(control.n)]
         lines.append([*counts, f"{100 * control.mean:.1f}", *cells])
     return markdown.table(lines, left=0)
 
 
-def draw(accuracies: Mapping[Training, Mapping[str, Accuracies]], path: Path) -> None:
+def shows(accuracies: Accuracies, reference: str) -> str:
+    """Returns a sentence with the gains that the seeds show, for arms and trainings."""
+    of_arms = gains(accuracies, reference).values()
+    least = [smallest_difference(found) for of_arm in of_arms for found in of_arm.values()]
+    known = [100 * gain for gain in least if gain is not None]
+    return (
+        f"With a chance of 80 % gains over `{reference}` of {min(known):.1f} to"
+        f" {max(known):.1f} points show, by arm and training."
+    )
+
+
+def draw(accuracies: Accuracies, path: Path) -> None:
     """Draws the gains against epochs, and against images, each with its 95 % interval.
 
     Above over the plain network, below over the wider one.
     """
     figure = Figure(figsize=(10, 7), layout="constrained")
-    arms = list(gains(accuracies, PLAIN))
-    for (epochs, images), reference in zip(
-        figure.subplots(2, 2, sharey=True, sharex="col"), (PLAIN, WIDER), strict=True
-    ):
+    panels = figure.subplots(2, 2, sharey=True, sharex="col")
+    colours = {arm: f"C{number}" for number, arm in enumerate(gains(accuracies, PLAIN))}
+    for (epochs, images), reference in zip(panels, (PLAIN, WIDER), strict=True):
         for arm, of_arm in gains(accuracies, reference).items():
-            number = arms.index(arm)
             # Side by side, or intervals would hide each other.
-            shift = 1.04 ** (number - (len(arms) - 1) / 2)
-            for axis, fixed, place in ((epochs, IMAGES, 0), (images, EPOCHS, 1)):
-                line = {t[1 - place]: gain for t, gain in of_arm.items() if t[place] == fixed}
-                _plot(axis, line, shift, arm, f"C{number}")
+            shift = 1.04 ** (list(colours).index(arm) - (len(colours) - 1) / 2)
+            style = {"label": arm, "color": colours[arm], "marker": "o", "capsize": 3}
+            by_epochs = {e: found for (n, e), found in of_arm.items() if n == IMAGES}
+            by_images = {n: found for (n, e), found in of_arm.items() if e == EPOCHS}
+            for axis, line in ((epochs, by_epochs), (images, by_images)):
+                means, bars = in_points(found.summary for found in line.values())
+                axis.errorbar([x * shift for x in line], means, yerr=bars, **style)
         epochs.set_ylabel(f"test accuracy − that of {reference},\nsame seed (percentage points)")
-    epochs.set_xlabel(f"epochs, of {IMAGES:,} images")
-    images.set_xlabel(f"training images, {EPOCHS} epochs")
-    figure.axes[0].legend()
+    _set_up(epochs, f"epochs, of {IMAGES:,} images", [e for n, e in accuracies if n == IMAGES])
+    _set_up(images, f"training images, {EPOCHS} epochs", [n for n, e in accuracies if e == EPOCHS])
+    for axis in panels.flat:
+        axis.axhline(0, color="grey", linewidth=1)
+    panels[0, 0].legend()
     set_title(figure, "Gain of a small ResNet on CIFAR-10: mean and 95 % interval")
     files.save_figure(figure, path)
 
 
-def _plot(axis: Axes, line: Mapping[int, Summary], shift: float, label: str, colour: str) -> None:
-    ends = [[100 * (s.mean - s.low), 100 * (s.high - s.mean)] for s in line.values()]
-    axis.errorbar(
-        [x * shift for x in line],
-        [100 * s.mean for s in line.values()],
-        yerr=list(zip(*ends, strict=True)),
-        marker="o",
-        capsize=3,
-        label=label,
-        color=colour,
-    )
-    axis.axhline(0, color="grey", linewidth=1)
+def _set_up(axis: Axes, label: str, ticks: Sequence[int]) -> None:
+    """Makes the horizontal axis of a column, which its panels share, logarithmic."""
+    axis.set_xlabel(label)
     axis.set_xscale("log")
-    axis.set_xticks(list(line), [f"{x:,}" for x in line], minor=False)
+    axis.set_xticks(ticks, [f"{x:,}" for x in ticks])
     axis.minorticks_off()
 
 
@@ -115,7 +122,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=FIGURE)
     given = parser.parse_args()
     accuracies = read(given.csv)
-    print(*(table(accuracies, reference) for reference in (PLAIN, WIDER)), sep="\n\n")
+    for reference in (PLAIN, WIDER):
+        print(table(accuracies, reference), shows(accuracies, reference), sep="\n\n", end="\n\n")
     draw(accuracies, given.figure)
 
 

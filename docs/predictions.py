@@ -1,15 +1,12 @@
 """Prints the last two columns of docs/predictions.md: what was measured, and what comes of it.
 
-    python docs/predictions.py [FILE FILE FILE FILE FILE FILE FILE]
+    python docs/predictions.py
 
-The files are those of the seven studies: results/predictions.csv, predictions_long.csv,
-patterns.csv, fast.csv, adapters.csv, adapters_grocery.csv and kernels.csv. The rules are those of
-the page, which stood before the runs. A file that isn't there leaves the columns of its predictions
-empty.
+From the studies in results/. The rules are those of the page, which stood before the runs. A study
+that hasn't run leaves the columns of its predictions empty.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,11 +15,6 @@ from aim_flax.study.results import accuracies_by_arm, read_recorded
 from aim_flax.study.table import interval
 
 RESULTS = Path(__file__).parents[1] / "results"
-_NAMES = (
-    *("predictions", "predictions_long", "patterns", "fast"),
-    *("adapters", "adapters_grocery", "kernels"),
-)
-FILES = tuple(RESULTS / f"{name}.csv" for name in _NAMES)
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 # What an arm is compared with, if it isn't the study's own control.
 _CONTROLS = ("control_stride1", "control")
@@ -151,24 +143,21 @@ def _below_half(small: Summary, whole: Summary) -> str:
     return outcome(small.mean < 0.5 * whole.mean, small.mean > 0.75 * whole.mean)
 
 
-def rows(
-    short: Path,
-    long: Path,
-    patterns: Path,
-    fast: Path,
-    adapters: Path,
-    groceries: Path,
-    kernels: Path,
-) -> list[tuple[str, str]]:
-    """Returns what was measured and what comes of it, for each prediction in turn."""
+def rows(results: Path) -> list[tuple[str, str]]:
+    """Returns what was measured and what comes of it, for each prediction in turn.
+
+    Args:
+      results: the folder of the studies' results.
+    """
+    short = results / "predictions.csv"
     return [
         *_of_file(short, of_study, count=6),
-        _of_longer(short, long),
-        *_of_file(patterns, of_patterns, count=5),
-        *_of_file(fast, of_rates, count=4),
-        *_of_file(adapters, of_adapters, count=4),
-        *_of_file(groceries, of_groceries, count=6),
-        *_of_file(kernels, of_kernels, count=2),
+        _of_longer(short, results / "predictions_long.csv"),
+        *_of_file(results / "patterns.csv", of_patterns, count=5),
+        *_of_file(results / "fast.csv", of_rates, count=4),
+        *_of_file(results / "adapters.csv", of_adapters, count=4),
+        *_of_file(results / "adapters_grocery.csv", of_groceries, count=6),
+        *_of_file(results / "kernels.csv", of_kernels, count=2),
     ]
 
 
@@ -194,10 +183,10 @@ def _told(gain: Summary) -> str:
     return f"{interval(gain)}, {gain.n} seeds"
 
 
-def main(*files: Path) -> None:
-    for number, (measured, result) in enumerate(rows(*(files or FILES)), start=1):
+def main(results: Path = RESULTS) -> None:
+    for number, (measured, result) in enumerate(rows(results), start=1):
         print(f"{number} | {measured} | {result}")
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main()

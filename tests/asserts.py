@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from aim_flax.errors import UsageError
 
@@ -26,6 +27,17 @@ def assert_close(found, expected, tolerance=1e-5):
 def assert_equal(found, expected):
     """Compares trees bit for bit."""
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def assert_drawn_alike(drawn, kept):
+    """Compares two files of a figure, which may differ as the fonts of two machines do.
+
+    So only what has a strong colour counts, which points, lines and intervals have.
+    """
+    images = [np.asarray(Image.open(file).convert("RGB")) / 255 for file in (drawn, kept)]
+    assert images[0].shape == images[1].shape
+    strong = [(np.ptp(image, axis=-1) > 0.4).sum() for image in images]
+    np.testing.assert_allclose(*strong, rtol=0.05)
 
 
 @contextmanager

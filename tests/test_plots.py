@@ -8,8 +8,8 @@ from aim_flax.evaluate.effects import Effect, Effects
 from aim_flax.evaluate.evaluation import Evaluation
 from aim_flax.evaluate.plots import plot_confusion
 from aim_flax.evaluate.report import write_effects
-from aim_flax.plots import short
-from aim_flax.statistics import compare
+from aim_flax.plots import in_points, short
+from aim_flax.statistics import Summary, compare
 from aim_flax.study import report as study_report
 from aim_flax.study.results import accuracies_by_arm
 from aim_flax.train.plots import plot_history
@@ -124,6 +124,12 @@ def test_what_cannot_be_altered_looks_unlike_what_changes_nothing(tmp_path, figu
     low, high = figures[0].axes[0].get_xlim()
     assert low < -25
     assert high > 4
+
+
+def test_intervals_are_lengths_to_each_side_in_points():
+    means, bars = in_points([Summary(3, 0.5, 0.25, 0.625, 0.1), Summary(2, -0.25, -0.5, 0.25, 0.1)])
+    assert means == [50, -25]
+    assert bars == [[25, 25], [12.5, 50]]
 
 
 def test_long_names_are_cut_and_stay_different():

@@ -16,7 +16,7 @@ from scipy.stats import t
 
 from aim_flax import files, markdown
 from aim_flax.errors import UsageError, check_choice
-from aim_flax.plots import marker, plain, set_epochs, set_title, short
+from aim_flax.plots import in_points, marker, plain, set_epochs, set_title, short
 from aim_flax.statistics import CONFIDENCE, Comparison, compare, p_value
 from aim_flax.study.page import Part, write_page
 from aim_flax.study.power import smallest_differences
@@ -301,9 +301,8 @@ def _plot_differences(
         spread = place + np.linspace(-0.25, 0.25, len(points)) if len(points) > 1 else [place]
         axis.plot(points, spread[: len(points)], "o", color=color, alpha=0.5, markersize=4)
         if summary.low is not None:
-            low, mean, high = (100 * x for x in (summary.low, summary.mean, summary.high))
-            bars = [[mean - low], [high - mean]]
-            axis.errorbar([mean], [place], xerr=bars, fmt="D", color="black", capsize=4)
+            mean, bars = in_points([summary])
+            axis.errorbar(mean, [place], xerr=bars, fmt="D", color="black", capsize=4)
     axis.set_yticks(range(len(compared)), short(list(compared)))
     axis.set_ylim(len(compared) - 0.5, -0.5)
     against = plain(reference)
