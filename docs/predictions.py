@@ -123,6 +123,16 @@ def of_kernels(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("lora", arm), _as_much(gain(arm), changed)
 
 
+def of_strong(left: Summary, gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the arms that predictions 29 and 30 are about, and what comes of each.
+
+    Args:
+      left: what is left of the memory's gain with longer training, see `_of_longer`.
+    """
+    for arm in ("no_update", "memory"):
+        yield (arm,), _below_half(gain(arm), left)
+
+
 def _as_much(gained: Summary, whole: Summary) -> str:
     holds = gained.mean >= 0.75 * whole.mean and gained.low > 0
     return outcome(holds, gained.mean < 0.5 * whole.mean)
@@ -149,15 +159,20 @@ def rows(results: Path) -> list[tuple[str, str]]:
     Args:
       results: the folder of the studies' results.
     """
-    short = results / "predictions.csv"
+    short, long = results / "predictions.csv", results / "predictions_long.csv"
     return [
         *_of_file(short, of_study, count=6),
-        _of_longer(short, results / "predictions_long.csv"),
+        _of_longer(short, long),
         *_of_file(results / "patterns.csv", of_patterns, count=5),
         *_of_file(results / "fast.csv", of_rates, count=4),
         *_of_file(results / "adapters.csv", of_adapters, count=4),
         *_of_file(results / "adapters_grocery.csv", of_groceries, count=6),
         *_of_file(results / "kernels.csv", of_kernels, count=2),
+        *_of_file(
+            results / "strong_resnet.csv",
+            lambda gain: of_strong(gains(long)("published_no_update"), gain),
+            count=2,
+        ),
     ]
 
 

@@ -60,6 +60,11 @@ KERNELS = {
     "fast_kernels": 3.0,
     "fast": 2.5,
 }
+# Beside the 3.0 points of longer training.
+STRONG = {
+    "no_update": 0.5,
+    "memory": 1.0,
+}
 CONTROLS = {
     "control_stride1": 40.0,
     "roll_control": 20.0,
@@ -95,6 +100,7 @@ def outcomes(
     of_adapters=(),
     of_groceries=(),
     of_kernels=(),
+    of_strong=(),
 ):
     gains = {
         "predictions": GAINS | dict(changed),
@@ -104,6 +110,7 @@ def outcomes(
         "adapters": ADAPTERS | dict(of_adapters),
         "adapters_grocery": GROCERIES | dict(of_groceries),
         "kernels": KERNELS | dict(of_kernels),
+        "strong_resnet": STRONG | dict(of_strong),
     }
     for study, of_study in gains.items():
         write(tmp_path / f"{study}.csv", of_study, spread)
@@ -114,7 +121,7 @@ def outcomes(
 
 
 def test_all_can_hold(tmp_path):
-    assert outcomes(tmp_path) == ["holds"] * 28
+    assert outcomes(tmp_path) == ["holds"] * 30
     measured = [text for text, _ in SCRIPT["rows"](tmp_path)]
     # The interval of five numbers with a standard deviation of 0.079 points.
     assert measured[3] == (
@@ -137,7 +144,7 @@ def test_all_can_hold(tmp_path):
     ],
 )
 def test_each_can_fail_alone(tmp_path, number, changed):
-    expected = ["holds"] * 28
+    expected = ["holds"] * 30
     expected[number - 1] = "fails"
     assert outcomes(tmp_path, changed) == expected
 
@@ -155,7 +162,7 @@ def test_each_can_fail_alone(tmp_path, number, changed):
     ],
 )
 def test_each_can_be_undecided_alone(tmp_path, number, changed):
-    expected = ["holds"] * 28
+    expected = ["holds"] * 30
     expected[number - 1] = "undecided"
     assert outcomes(tmp_path, changed) == expected
 
@@ -207,10 +214,14 @@ def test_each_can_be_undecided_alone(tmp_path, number, changed):
         (27, {"fast_kernels": 2.0}, "undecided"),
         (28, {"fast": -1.0}, "fails"),
         (28, {"fast": 2.0}, "undecided"),
+        (29, {"no_update": 2.4}, "fails"),
+        (29, {"no_update": 2.0}, "undecided"),
+        (30, {"memory": 2.4}, "fails"),
+        (30, {"memory": 2.0}, "undecided"),
     ],
 )
 def test_each_of_later_studies_can_fail_or_be_undecided_alone(tmp_path, number, changed, result):
-    expected = ["holds"] * 28
+    expected = ["holds"] * 30
     expected[number - 1] = result
     last = {
         12: "of_patterns",
@@ -218,6 +229,7 @@ def test_each_of_later_studies_can_fail_or_be_undecided_alone(tmp_path, number, 
         20: "of_adapters",
         26: "of_groceries",
         28: "of_kernels",
+        30: "of_strong",
     }
     study = next(name for number_of_last, name in last.items() if number <= number_of_last)
     assert outcomes(tmp_path, **{study: changed}) == expected
@@ -235,11 +247,11 @@ def test_wide_intervals_decide_nothing_that_they_contain(tmp_path):
 
 def test_page_shows_what_was_measured():
     found = re.findall(r"^\| \d+ \|.*\|([^|]*)\|([^|]*)\|$", PAGE, re.MULTILINE)
-    assert len(found) == 28
+    assert len(found) == 30
     shown = [(measured.strip(), result.strip()) for measured, result in found]
     assert shown == SCRIPT["rows"](SCRIPT["RESULTS"])
 
 
 def test_nothing_is_measured_without_results(tmp_path, capsys):
     SCRIPT["main"](tmp_path)
-    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 29))
+    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 31))
