@@ -3,7 +3,7 @@
     python docs/predictions.py
 
 From the studies in results/. The rules are those of the page, which stood before the runs. A study
-that hasn't run leaves the columns of its predictions empty.
+or arm that hasn't run leaves the columns of its predictions empty.
 """
 
 import functools
@@ -123,16 +123,6 @@ def of_kernels(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("lora", arm), _as_much(gain(arm), changed)
 
 
-def of_strong(left: Summary, gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields the arms that predictions 29 and 30 are about, and what comes of each.
-
-    Args:
-      left: what is left of the memory's gain with longer training, see `_of_longer`.
-    """
-    for arm in ("no_update", "memory"):
-        yield (arm,), _below_half(gain(arm), left)
-
-
 def _as_much(gained: Summary, whole: Summary) -> str:
     holds = gained.mean >= 0.75 * whole.mean and gained.low > 0
     return outcome(holds, gained.mean < 0.5 * whole.mean)
@@ -168,11 +158,7 @@ def rows(results: Path) -> list[tuple[str, str]]:
         *_of_file(results / "adapters.csv", of_adapters, count=4),
         *_of_file(results / "adapters_grocery.csv", of_groceries, count=6),
         *_of_file(results / "kernels.csv", of_kernels, count=2),
-        *_of_file(
-            results / "strong_resnet.csv",
-            lambda gain: of_strong(gains(long)("published_no_update"), gain),
-            count=2,
-        ),
+        *(_of_strong(long, results / "strong_resnet.csv", arm) for arm in ("no_update", "memory")),
     ]
 
 
@@ -192,6 +178,15 @@ def _of_longer(short: Path, long: Path) -> tuple[str, str]:
     before, after = (gains(file)("published_no_update") for file in (short, long))
     result = outcome(after.high < before.mean, after.low > before.mean)
     return f"10 epochs of 5,000: {_told(before)}; 30 of 20,000: {_told(after)}", result
+
+
+def _of_strong(long: Path, strong: Path, arm: str) -> tuple[str, str]:
+    if not (long.is_file() and strong.is_file()):
+        return "", ""
+    if arm not in accuracies_by_arm(read_recorded(strong)):
+        return "", ""
+    gained, left = gains(strong)(arm), gains(long)("published_no_update")
+    return f"`{arm}` {_told(gained)}; left: {_told(left)}", _below_half(gained, left)
 
 
 def _told(gain: Summary) -> str:
