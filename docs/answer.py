@@ -70,6 +70,11 @@ _FAST = Study(
 _ROLLED = Study("small ResNet, rolled CIFAR-10", "predictions", "predictions.md")
 _CURVES = Study("small ResNet, CIFAR-10", "curves", "#with-more-images-and-more-epochs-less")
 _LONG = Study("small ResNet, CIFAR-10", "predictions_long", "predictions.md")
+_STRONG = Study(
+    "better ResNet, CIFAR-10",
+    "strong_resnet",
+    "predictions.md#a-sixth-nothing-is-left-where-the-network-is-trained-to-the-end",
+)
 _PHOTOS = Study(
     "small ResNet, groceries", "small_resnet_grocery", "#photographs-of-groceries-the-same"
 )
@@ -118,6 +123,7 @@ CLAIMS = (
         "published_no_update",
         "control_stride1",
     ),
+    Claim(_STRONG, "unwritten memory, 45,000 images", "no_update", "control_stride1"),
     Claim(_SMALL, "writing in it, as published", "published", "published_no_update"),
     Claim(_SMALL, "writing, all blocks read it", "aim", "aim_no_update"),
     Claim(_ROLLED, "memory where positions mean nothing", "roll_published", "roll_control"),

@@ -42,6 +42,7 @@ STUDIES = {
     "adapters": range(710, 715),
     "adapters_grocery": range(720, 723),
     "kernels": range(830, 836),
+    "strong_resnet": range(900, 903),
 }
 
 
@@ -104,6 +105,10 @@ def test_first_screen_says_what_the_committed_results_are():
     assert f"with 10 epochs {few} points on 1,000 of CIFAR-10's images and {many} on" in summary
     longer = points("predictions_long", UNWRITTEN, "control_stride1")
     assert f"30 epochs of 20,000, a memory that nothing writes gains {longer} (5" in summary
+    better = points("strong_resnet", "no_update", "control_stride1")
+    assert f"nothing that shows (+{better}, 3 seeds)" in summary
+    right = 100 * accuracies("strong_resnet")["control_stride1"].mean()
+    assert f"right {right:.0f} % of the time" in summary
     found = accuracies(cifar10)
     p = ttest_rel(found["published"], found["published_no_update"]).pvalue
     writing = points(cifar10, "published", "published_no_update")
