@@ -73,7 +73,7 @@ _LONG = Study("small ResNet, CIFAR-10", "predictions_long", "predictions.md")
 _STRONG = Study(
     "better ResNet, CIFAR-10",
     "strong_resnet",
-    "predictions.md#a-sixth-nothing-is-left-where-the-network-is-trained-to-the-end",
+    "predictions.md#a-sixth-nothing-is-left-in-a-better-network",
 )
 _PHOTOS = Study(
     "small ResNet, groceries", "small_resnet_grocery", "#photographs-of-groceries-the-same"
