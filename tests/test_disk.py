@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,10 @@ def leftovers(folder: Path) -> list[str]:
     return [os.path.join(place, name) for place, name in found if "tmp" in name]
 
 
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
+
+
 def steps(workdir: Path) -> list[int]:
     return Checkpoints(workdir / "checkpoints", read_only=True).steps
 
@@ -94,7 +99,8 @@ def full(after: int, before: float = math.inf) -> Iterator[None]:
         def hook(experiment, start, metrics):
             step = start + metrics["loss"].shape[1]
             if step in (after, before):
-                while saved and not saved[-1].is_written:
+                # Orbax's manager waits no longer once a file is refused, but its thread goes on.
+                while saved and not (saved[-1].is_written and "async_save" not in threads()):
                     time.sleep(0.01)
             if step == after:
                 there.enter_context(no_space())
