@@ -288,6 +288,7 @@ LEFT_OUT = flatten(
         "memory": {
             "kernel_size": 1,
             "fit": "reshape",
+            "per": [],
             "update_block": {
                 "features": [16, 16, 32],
                 "kernel_size": 3,

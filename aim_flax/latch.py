@@ -25,7 +25,7 @@ from jax.extend.core import get_opaque_trace_state
 
 from aim_flax import batch_axis
 from aim_flax.errors import UsageError, check_choice, nearest
-from aim_flax.memory import FITS, Memory
+from aim_flax.memory import FITS, Memory, check_memory
 from aim_flax.modes import resolve
 from aim_flax.patterns import Patterns, compile_patterns, select, selectors
 from aim_flax.reads import (
@@ -61,7 +61,7 @@ class Place(NamedTuple):
     Attributes:
       what: "read" or "update".
       path: of the module.
-      memory: the name of the memory.
+      memory: the name of the memory; of one of several by `per`, "memory/stage1".
       shape: of the layer's input, or of the output from which the memory is updated.
     """
 
@@ -120,6 +120,10 @@ class AiM(nn.Module):
         for granted, and compares sizes only.
       called: the memory's name, from which come those of all variables: `memory`,
         `memory_initial`, `memory_read`, `memory_update`.
+      per: not one memory for the whole network, but one for each of these: for modules whose path
+        begins with it, such as ("stage1", "stage2"); of several that fit, the longest. Each has
+        this shape, its own content and its own place among the variables, `memory/stage1`, where
+        "." stands for a slash; what a stage reads, only that stage has written.
       capture: whether `intermediates` gets the memory as a pass finds it, as `memory_at_start`, as
         it is read at each place, as `memory_as_read` there, and as it is after each update, as
         `memory_as_written`.
@@ -147,6 +151,7 @@ class AiM(nn.Module):
     check_batch: bool = True
     fit: str = "reshape"
     called: str = "memory"
+    per: Sequence[str] = ()
     capture: bool = False
     watch: Callable[[Place], None] | None = None
     alter_read: Sequence[tuple[str, Alteration]] = ()
@@ -236,6 +241,11 @@ class AiM(nn.Module):
         return (self, *inner.chain) if isinstance(inner, AiM) else (self,)
 
     @property
+    def memory_shape(self) -> tuple[int, ...]:
+        """The shape of each of its memories, without the batch."""
+        return check_memory(self.memory.shape, self.memory.kind)
+
+    @property
     def network(self) -> nn.Module:
         """The network within all of them, unbound."""
         backbone = self.chain[-1].backbone
@@ -275,6 +285,7 @@ class AiM(nn.Module):
         check_choice("read_mode", self.read_mode, READ_MODES)
         check_choice("carry", self.carry, CARRIES)
         check_choice("fit", self.fit, FITS)
+        parts_of(self.per)
         if self.called in [aim.called for aim in self.chain[1:]]:
             raise UsageError(
                 f"two memories are called {self.called!r}: give each AiM a name of its own, such as"
@@ -337,35 +348,66 @@ class _Latch:
         self.pushed: set[tuple[str, str]] = set()
         self.updates: dict[str, MemoryUpdate] = {}
         self.updated_from: dict[str, jax.Array] = {}
-        self.weights = self._memory(aim.called)
+        # Of memories, each by the name of its part; "" where one is for all.
+        self.parts = parts_of(aim.per)
+        self.parts_read: set[str] = set()
+        self.weights = self._memories(aim.called)
         self.current = self.weights
-        self.form = Form(aim.read_mode, aim.zero_init, aim.fit, self.weights.ndim - 2)
+        axes = len(aim.memory_shape) - 1
+        self.form = Form(aim.read_mode, aim.zero_init, aim.fit, axes)
         if aim.carry == "state":
-            name = "carried" if aim.called == "memory" else f"{aim.called}_carried"
-            self.carried = aim.variable("memory", name, jnp.zeros_like, self.weights[0])
-            self.current = self.weights + self.carried.value
+            self.carried = {part: self._carried(part) for part in self.weights}
+            self.current = {
+                part: weights + self.carried[part].value for part, weights in self.weights.items()
+            }
         if self.read_initial:
-            self.initial = self._memory(f"{aim.called}_initial")
+            self.initial = self._memories(f"{aim.called}_initial")
         if aim.capture and self._measures(aim):
-            aim.sow("intermediates", f"{aim.called}_at_start", self.current)
+            self._sow_start(aim.called, self.current)
             if self.read_initial:
-                aim.sow("intermediates", f"{aim.called}_initial_at_start", self.initial)
+                self._sow_start(f"{aim.called}_initial", self.initial)
 
     @contextmanager
-    def within(self, module: nn.Module, memory: jax.Array) -> Iterator[None]:
-        """For a Flax transformation of a module that takes the memory in and gives it back: within
+    def within(self, module: nn.Module, memories: dict[str, jax.Array]) -> Iterator[None]:
+        """For a Flax transformation of a module that takes `current` in and gives it back: within
         it, the pass goes on inside the transformation."""
         before = self.place, self.trace, self.updates, self.current
         self.place, self.trace = module.scope, get_opaque_trace_state(convention="flax")
-        self.updates, self.current = {}, memory
+        self.updates, self.current = {}, memories
         try:
             yield
         finally:
             self.place, self.trace, self.updates, self.current = before
 
-    def _memory(self, name: str) -> jax.Array:
-        scope = push_latched_on(self.scope, name)
-        return self.aim.memory.clone(parent=scope, name=None)(self.train)
+    def _memories(self, name: str) -> dict[str, jax.Array]:
+        scope, found = push_latched_on(self.scope, name), {}
+        for part in self.parts.values():
+            own = push_latched_on(scope, part) if part else scope
+            found[part] = self.aim.memory.clone(parent=own, name=None)(self.train)
+        return found
+
+    def _carried(self, part: str) -> nn.Variable:
+        name = "carried" if self.aim.called == "memory" else f"{self.aim.called}_carried"
+        name = f"{name}_{part}" if part else name
+        return self.aim.variable("memory", name, jnp.zeros_like, self.weights[part][0])
+
+    def _sow_start(self, name: str, memories: dict[str, jax.Array]) -> None:
+        at_start = memories if self.aim.per else memories[""]
+        self.aim.sow("intermediates", f"{name}_at_start", at_start)
+
+    def _part(self, path: str) -> str:
+        """Returns the name of the part whose memory a module reads or writes."""
+        beginnings = [beginning for beginning in self.parts if path.startswith(beginning)]
+        if not beginnings:
+            raise UsageError(
+                f"{path!r} reads or writes the memory, but begins with none of per:"
+                f" {', '.join(self.parts)}"
+            )
+        return self.parts[max(beginnings, key=len)]
+
+    def _name(self, part: str, initial: bool = False) -> str:
+        name = f"{self.aim.called}_initial" if initial else self.aim.called
+        return f"{name}/{part}" if part else name
 
     def _push(self, module: nn.Module, what: str) -> Scope:
         """Returns the scope of what is latched on to a module: in the module's own, for a name at
@@ -485,19 +527,20 @@ class _Latch:
                     f"read matches {path!r}, which runs inside nn.{name}{reason}: read in a layer"
                     " outside"
                 )
+        part = self._part(path)
         if initial := any(pattern.fullmatch(path) for pattern in self.read_initial):
-            m = weights = self.initial
+            m = weights = self.initial[part]
         else:
-            m, weights = self.current, self.weights
+            m, weights = self.current[part], self.weights[part]
         for pattern, (_, alter) in zip(self.alter_read, aim.alter_read, strict=True):
             if pattern.fullmatch(path):
                 m = alter(m, weights, call.x.shape[0], path)
         measure = self._measures(module)
         y = read(call, m, self.form, self._push, measure, aim.called)
         warn_of_keys(module, path, aim.read_mode)
+        self.parts_read.add(part)
         if aim.watch is not None:
-            name = f"{aim.called}_initial" if initial else aim.called
-            aim.watch(Place("read", path, name, call.x.shape))
+            aim.watch(Place("read", path, self._name(part, initial), call.x.shape))
         if measure and aim.capture:
             module.sow("intermediates", f"{aim.called}_as_read", m)
         return y
@@ -523,28 +566,29 @@ class _Latch:
         if self.aim.update.pool == "causal" and self.form.axes:
             raise UsageError(
                 "pool 'causal' makes one memory for each position of a dense memory, shape (D,),"
-                f" not {self.weights.shape[1:]}"
+                f" not {self.aim.memory_shape}"
             )
+        part = self._part(path)
+        before = self.current[part]
         if y.ndim:
-            check_batch(self.current, y, path)
+            check_batch(before, y, path)
         if path not in self.updates:
             scope = self._push(module, "update")
             self.updates[path] = self.aim.update.clone(parent=scope, name=None)
         if self.aim.watch is not None:
-            self.aim.watch(Place("update", path, self.aim.called, y.shape))
-        before, update = self.current, self.updates[path]
+            self.aim.watch(Place("update", path, self._name(part), y.shape))
+        update = self.updates[path]
         self.updated_from[path] = y
         try:
-            self.current = update(
-                y, before, self.train, self.mask, self._decodes(), fitted=self.aim.fit
-            )
+            after = update(y, before, self.train, self.mask, self._decodes(), fitted=self.aim.fit)
         except UsageError as error:
             raise UsageError(f"update_after matches {path!r}: {error}") from None
+        self.current = {**self.current, part: after}
         if self._measures(module):
-            change = self.current.astype(jnp.float32) - before.astype(jnp.float32)
+            change = after.astype(jnp.float32) - before.astype(jnp.float32)
             record(module, change, before, f"{self.aim.called}_update_use")
             if self.aim.capture:
-                module.sow("intermediates", f"{self.aim.called}_as_written", self.current)
+                module.sow("intermediates", f"{self.aim.called}_as_written", after)
 
     def _decodes(self) -> bool:
         """Whether this pass goes on from the last: the network has a cache, and may write it."""
@@ -583,6 +627,13 @@ class _Latch:
                     f" there are: {', '.join(paths) or 'none'}{advice}"
                 )
 
+        for beginning, part in self.parts.items():
+            if part not in self.parts_read:
+                raise UsageError(
+                    f"per has {beginning!r}, but no module whose path begins with it reads the"
+                    f" memory; it is read in: {', '.join(self.has_read)}"
+                )
+
     def check_axes(self, net: nn.Module, method: str, args: tuple, kwargs: dict) -> None:
         """Raises UsageError where the first axis is not the batch, but a memory per example is."""
         if not self.update_after or not self.aim.check_batch:
@@ -604,11 +655,31 @@ class _Latch:
         aim = self.aim
         if aim.carry != "state" or not self.train or aim.is_initializing():
             return
-        written = self.current.astype(self.weights.dtype).mean(axis=0)
-        if aim.update.axis_name is not None:
-            written = jax.lax.pmean(written, aim.update.axis_name)
-        change = jax.lax.stop_gradient(written - self.weights[0])
-        self.carried.value = (1 - aim.carry_rate) * self.carried.value + aim.carry_rate * change
+        for part, weights in self.weights.items():
+            written = self.current[part].astype(weights.dtype).mean(axis=0)
+            if aim.update.axis_name is not None:
+                written = jax.lax.pmean(written, aim.update.axis_name)
+            change = jax.lax.stop_gradient(written - weights[0])
+            carried = self.carried[part]
+            carried.value = (1 - aim.carry_rate) * carried.value + aim.carry_rate * change
+
+
+def parts_of(per: Sequence[str]) -> dict[str, str]:
+    """Returns the name of the part of a network that each of `AiM.per` stands for; {"": ""} if
+    there are none.
+
+    Raises:
+      UsageError: an empty one, or two of one name.
+    """
+    beginnings = (per,) if isinstance(per, str) else tuple(per)
+    if not beginnings:
+        return {"": ""}
+    parts = {beginning: beginning.strip("/").replace("/", ".") for beginning in beginnings}
+    if not all(parts.values()):
+        raise UsageError(f"per is {beginnings}, expected beginnings of module paths")
+    if len(set(parts.values())) < len(beginnings):
+        raise UsageError(f"per is {beginnings}: two of them are the same")
+    return parts
 
 
 def trace_init(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

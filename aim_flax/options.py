@@ -99,6 +99,10 @@ CONDITIONS: Mapping[str, Condition] = {
     "model.momentum": _SHARE,
     "model.epsilon": _ABOVE_0,
     "memory.read": Condition("a pattern of the layers that read it", bool),
+    "memory.per": Condition(
+        "beginnings of layers' paths, such as ('stage1','stage2')",
+        lambda values: all(isinstance(value, str) and value for value in values),
+    ),
     "memory.update_block.features": _each("a number of channels for each layer"),
     "memory.update_block.momentum": _SHARE,
     "memory.update_block.epsilon": _ABOVE_0,

@@ -120,6 +120,9 @@ def start(name: str, arm: str, model: str, **fields: Any) -> ConfigDict:
     config.memory.kernel_size = 1  # of the kind conv
     config.memory.read = ""  # the layers that read it, a regular expression of their paths
     config.memory.read_initial = ""  # those of them that read a second memory, never updated
+    # Beginnings of paths, such as ("stage1", "stage2"): the layers that have one in common share a
+    # memory of that shape. (): all share one.
+    config.memory.per = ()
     config.memory.read_mode = "concat"  # or add, scale, attend
     config.memory.fit = "reshape"  # or resize: how it takes the size of a map
     config.memory.zero_init = False  # True, not with concat: starts equal to the plain network

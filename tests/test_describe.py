@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from aim_flax import config as configs
 from aim_flax.cli import train as train_command
 from aim_flax.models.describe import describe, multiply_adds
 from tests.runs import DIGITS, arms, load
@@ -152,6 +153,17 @@ def test_table_names_backbone_memory_reads_and_updates(capsys):
         "in training, on each of 8 x cpu: parameters 543 KiB, running statistics and carried memory"
         " 1 KiB, optimiser 1.06 MiB; --compile-for=here tells the rest"
     )
+
+
+def test_each_part_has_a_memory_of_its_own():
+    """`memory.per`: 64 floats and 65 weights for each of them for each part."""
+    config = load("digits_mlp:aim", ["memory.per=('layer1','layer2','head')"])
+    text, _ = describe(config)
+    assert re.search(r"^memory +12,480 +0$", text, re.MULTILINE)
+    assert "memory floats: 192, of which 192 can differ" in text
+    assert re.search(r"^  layer2/dense +reads memory/layer2 into 256$", text, re.MULTILINE)
+    zeros, _ = describe(configs.override(config, ["memory.kind=zero"]))
+    assert "memory floats: 192, of which 1 can differ" in zeros
 
 
 @pytest.mark.parametrize(("arm", "total"), [("published", 26_673_380), ("control", 23_792_612)])

@@ -15,7 +15,7 @@ from aim_flax.evaluate.memory_pictures import (
 from aim_flax.train import loop
 from aim_flax.train.restore import restore_run
 from tests.arrays import draw
-from tests.asserts import assert_close, fails
+from tests.asserts import assert_close, assert_equal, fails
 from tests.networks import weights_of
 from tests.runs import digits, read_json
 from tests.test_plots import figures  # noqa: F401
@@ -63,7 +63,9 @@ def test_learned_content_is_drawn_channel_by_channel(tmp_path, figures):  # noqa
 
 def test_what_images_write_is_drawn_beside_them(tmp_path, figures):  # noqa: F811
     written, images = draw(3, 2, 2, 4), draw(3, 5, 5, 1)
-    books = Notebooks({"memory": np.ones((2, 2, 4))}, images, np.array([1, 0, 1]), written)
+    # Of two memories, one of which no image writes.
+    learned = {"memory_initial": np.zeros((2, 2, 4)), "memory": np.ones((2, 2, 4))}
+    books = Notebooks(learned, images, np.array([1, 0, 1]), {"memory": written})
     plot_written(tmp_path / "written.png", books, ("cat", "dog"), "a run")
     (figure,) = figures
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
@@ -74,11 +76,39 @@ def test_what_images_write_is_drawn_beside_them(tmp_path, figures):  # noqa: F81
         assert any(m.shape == (2, 2) and np.allclose(m, expected) for m in maps)
 
 
+def test_what_images_write_in_several_memories_is_drawn_together():
+    learned = {"memory/a": np.zeros((2, 2, 1), "f"), "memory/b": np.ones((2, 2, 3), "f")}
+    written = {name: draw(3, *start.shape) for name, start in learned.items()}
+    books = Notebooks(learned, draw(3, 5, 5, 1), np.zeros(3, int), written)
+    contents, start = books.contents()
+    assert_equal((contents - start)[..., 1:], written["memory/b"] - 1)
+    assert_equal(contents[..., 0], written["memory/a"][..., 0])
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, standard_promotion, quick_compile):
     workdir = tmp_path_factory.mktemp("runs") / "run"
     loop.run(digits("aim", "train.epochs=1"), workdir, 1, quiet=True)
     return workdir
+
+
+@pytest.mark.slow
+def test_eval_draws_the_memory_of_each_part(tmp_path, capsys, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "aim_flax.evaluate.memory_pictures.plot_learned",
+        lambda path, learned, title: seen.update(learned),
+    )
+    config = digits("aim", "train.epochs=1", "memory.per=('layer1','layer2','head')")
+    loop.run(config, tmp_path / "run", 1, quiet=True)
+    assert read_json(tmp_path / "run" / "summary.json")["memory_floats"] == 3 * 8
+    evaluate_command.main(["--workdir", str(tmp_path / "run"), "--memory-pictures"])
+    assert "memory_written_test.png" in capsys.readouterr().out
+    learned = restore_run(tmp_path / "run").variables["params"]["memory"]
+    assert set(seen) == {f"memory/{part}" for part in learned}
+    for part in ("layer1", "layer2", "head"):
+        expected = weights_of({"params": learned}, part)[0]
+        assert_close(seen[f"memory/{part}"], np.asarray(expected))
 
 
 @pytest.mark.slow

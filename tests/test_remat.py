@@ -50,6 +50,7 @@ NETWORKS = {
         update_after="block0/dense2",
         called="notes",
     ),
+    "apart": AiM(Blocks(), **LATCHED, carry="state", per=("block0", "block", "head")),
 }
 
 
@@ -75,7 +76,9 @@ def gradients(net, pattern):
     return jax.jit(jax.grad(loss, has_aux=True))(params)
 
 
-@pytest.mark.parametrize("network", ["plain", pytest.param("two", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "network", ["plain", *(pytest.param(n, marks=pytest.mark.slow) for n in ("two", "apart"))]
+)
 def test_what_is_computed_again_is_the_same(network):
     expected = gradients(NETWORKS[network], "")
     for pattern in ("block.", "block1/.*|block0/norm|memory"):

@@ -208,6 +208,16 @@ def test_learning_rate_scale_is_that_of_the_memories_alone(optimizer, scale):
         np.testing.assert_allclose(after, scale * usual, rtol=1e-6)
 
 
+def test_learning_rate_scale_is_that_of_each_parts_memory():
+    parts = {"stage1": LATCHED["memory"], "stage2": LATCHED["memory_initial"]}
+    params = {**LATCHED, "memory": parts, "memory_initial": parts}
+    frozen = build_optimizer(config(memory__learning_rate_scale=0.0), optax.constant_schedule(0.5))
+    found = steps(frozen, params)
+    assert_equal(found["memory"], parts)
+    assert_equal(found["memory_initial"], parts)
+    assert not np.array_equal(found["layer"]["kernel"], params["layer"]["kernel"])
+
+
 def test_a_learning_rate_scale_of_one_leaves_the_optimizer_as_it_is():
     changes = {"optimizer__name": "adamw", "optimizer__weight_decay": 0.1}
     configs = [config(**changes), config(**changes, memory__learning_rate_scale=1.0)]

@@ -93,7 +93,8 @@ def layers(model: AiM, *args: Any, **kwargs: Any) -> tuple[list[str], list[str]]
         dtypes. Nothing is computed.
     """
     names = (model.called, f"{model.called}_initial")
-    found = [place for place in model.places(*args, **kwargs) if place.memory in names]
+    places = model.places(*args, **kwargs)
+    found = [place for place in places if place.memory.partition("/")[0] in names]
     return tuple([p.path for p in found if p.what == what] for what in ("read", "update"))
 
 

@@ -24,6 +24,7 @@ from aim_flax.plots import class_matrix, plain, set_title, short
 MOST_IMAGES = 512
 MOST_CHANNELS, CHANNELS_IN_A_LINE = 16, 8
 SHOWN_IMAGES = 8
+_WRITTEN = "written in "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +35,20 @@ class Notebooks:
       learned: {name: content at the start of a pass}, each (..., D), the same for all images.
       images: (N, H, W, C) float32.
       labels: (N,) int.
-      written: (N, ..., D), what the memory held after the last update, or None without updates.
+      written: {name: what that memory held after its last update}, each (N, ..., D); empty without
+        updates.
     """
 
     learned: dict[str, np.ndarray]
     images: np.ndarray
     labels: np.ndarray
-    written: np.ndarray | None
+    written: dict[str, np.ndarray]
+
+    def contents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what was written, (N, ..., D), and what was there at the start, (..., D); the
+        channels of several memories follow each other."""
+        start = [self.learned[name] for name in self.written]
+        return np.concatenate([*self.written.values()], axis=-1), np.concatenate(start, axis=-1)
 
 
 def collect(
@@ -57,23 +65,25 @@ def collect(
 
     def on_device(variables, data, seed):
         images, labels, counted, _ = batches.on_device(data, seed)
-        updates: list[str] = []
+        last: dict[str, str] = {}  # where each memory is last updated
 
         def watch(place: Any) -> None:
             if place.what == "update":
-                updates.append(place.path)
+                last[place.memory] = place.path
 
         watching = capturing.clone(watch=watch)
         _, seen = watching.apply(variables, images, train=False, mutable=["intermediates"])
         flat = flatten_dict(seen["intermediates"], sep="/")
-        learned = {
-            name.removesuffix("_at_start"): values[0][0]
-            for name, values in flat.items()
-            if name.endswith("_at_start")
-        }
+        learned = {}
+        for name, values in flat.items():
+            if name.endswith("_at_start"):
+                whole = name.removesuffix("_at_start")
+                # With `AiM.per` a dict of those of the parts.
+                parts = values[0] if isinstance(values[0], dict) else {"": values[0]}
+                learned |= {f"{whole}/{part}".rstrip("/"): m[0] for part, m in parts.items()}
         of_images = {"images": images, "labels": labels, "counted": counted}
-        if updates:
-            of_images["written"] = flat[f"{updates[-1]}/{model.called}_as_written"][-1]
+        for memory, path in last.items():
+            of_images[_WRITTEN + memory] = flat[f"{path}/{model.called}_as_written"][-1]
         return learned, jax.lax.all_gather(of_images, AXIS, tiled=True)
 
     run = devices.map(on_device, sharded=(1,) if batches.sharded else ())
@@ -86,7 +96,8 @@ def collect(
         if sum(len(part["labels"]) for part in parts) >= MOST_IMAGES:
             break
     whole = {n: np.concatenate([part[n] for part in parts])[:MOST_IMAGES] for n in parts[0]}
-    return Notebooks(learned, whole["images"], whole["labels"], whole.get("written"))
+    written = {n.removeprefix(_WRITTEN): m for n, m in whole.items() if n.startswith(_WRITTEN)}
+    return Notebooks(learned, whole["images"], whole["labels"], written)
 
 
 def write(
@@ -106,11 +117,12 @@ def write(
     """
     names = ["memory_learned.png"]
     plot_learned(folder / names[0], notebooks.learned, title)
-    if notebooks.written is None:
+    if not notebooks.written:
         return names
     names += [f"memory_written_{name}.png", f"memory_classes_{name}.png"]
     plot_written(folder / names[1], notebooks, classes, title)
-    distances = class_distances(notebooks.written, notebooks.labels, len(classes))
+    written, _ = notebooks.contents()
+    distances = class_distances(written, notebooks.labels, len(classes))
     plot_classes(folder / names[2], distances, classes, title)
     numbers = [[None if np.isnan(d) else float(d) for d in row] for row in distances]
     images = len(notebooks.labels)
@@ -192,9 +204,8 @@ def plot_written(path: Path, notebooks: Notebooks, classes: Sequence[str], title
     The change from the learned memory, and the difference from what images write on average; over
     channels the root of the mean square: where the image wrote much.
     """
-    written, names = notebooks.written, short(classes, 20)
+    (written, start), names = notebooks.contents(), short(classes, 20)
     shown = first_of_classes(notebooks.labels, SHOWN_IMAGES)
-    start = next(iter(notebooks.learned.values()))
     rows = {
         "what it changes in\nthe learned memory": written[shown] - start,
         "beyond what images\nchange on average": written[shown] - written.mean(axis=0),

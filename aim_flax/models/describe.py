@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from ml_collections import ConfigDict
 
 from aim_flax.instead import KINDS, At, Instead
-from aim_flax.latch import AiM, Place
+from aim_flax.latch import AiM, Place, parts_of
 from aim_flax.memory import distinct_values
 from aim_flax.models.build import build_model, check_logits, plain, trained
 
@@ -49,9 +49,10 @@ def describe(config: ConfigDict) -> tuple[str, dict[str, Any]]:
     if config.memory is None:
         lines.append("memory floats: 0")
     else:
-        memory = config.memory
+        memory, floats = config.memory, memory_floats(config)
         distinct = distinct_values(memory.shape, memory.kind, memory.get("kernel_size", 1))
-        floats = math.prod(memory.shape)
+        if memory.kind != "zero":  # In which none differ, however many there are.
+            distinct *= floats // math.prod(memory.shape)
         lines.append(f"memory floats: {floats:,}, of which {distinct:,} can differ")
     # Checked above, where it was initialised.
     checked = trained(model)
@@ -61,6 +62,14 @@ def describe(config: ConfigDict) -> tuple[str, dict[str, Any]]:
         what = config.instead.kind if isinstance(model, Instead) else ""
         lines += ["places, in the order of the calls:", *_places(list(places.values()), what)]
     return "\n".join(lines), variables
+
+
+def memory_floats(config: ConfigDict) -> int:
+    """Returns how many floats the memories of a config's network have, for one example."""
+    memory = config.memory
+    if memory is None:
+        return 0
+    return math.prod(memory.shape) * len(parts_of(memory.get("per", ())))
 
 
 def _identity(place: Place | At) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """What a finished run leaves: its summary and its plots."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from aim_flax.data.preprocessing import Preprocessing
 from aim_flax.devices import union_size
 from aim_flax.evaluate.evaluation import Evaluation
 from aim_flax.evaluate.report import write_evaluation
+from aim_flax.models.describe import memory_floats
 from aim_flax.train import report
 from aim_flax.train.experiment import Experiment
 from aim_flax.train.optimizer import plateau_cuts
@@ -55,7 +55,7 @@ def run_summary(
         "epochs": len(progress.history),
         "params": _size(best["params"]),
         "batch_stats": _size(best.get("batch_stats", {})),
-        "memory_floats": 0 if config.memory is None else math.prod(config.memory.shape),
+        "memory_floats": memory_floats(config),
         "train_seconds": round(progress.seconds, 3),
         "examples_per_second": round(progress.timed_examples / timed, 1) if timed else None,
         "data_wait_share": None if waited is None else round(waited, 4),
