@@ -123,6 +123,17 @@ def of_kernels(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("lora", arm), _as_much(gain(arm), changed)
 
 
+def of_parts(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the arms that predictions 31 and 32, each of a study of its own, are about."""
+    yield ("aim", "apart"), _as_much(gain("apart"), gain("aim"))
+
+
+def of_best_form(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the arm that prediction 33 is about, and what comes of it."""
+    form = gain("attend_erase_add")
+    yield ("attend_erase_add",), outcome(form.mean < 0.005 and form.low <= 0, form.low > 0)
+
+
 def _as_much(gained: Summary, whole: Summary) -> str:
     holds = gained.mean >= 0.75 * whole.mean and gained.low > 0
     return outcome(holds, gained.mean < 0.5 * whole.mean)
@@ -159,6 +170,9 @@ def rows(results: Path) -> list[tuple[str, str]]:
         *_of_file(results / "adapters_grocery.csv", of_groceries, count=6),
         *_of_file(results / "kernels.csv", of_kernels, count=2),
         *(_of_strong(long, results / "strong_resnet.csv", arm) for arm in ("no_update", "memory")),
+        *_of_file(results / "apart.csv", of_parts, count=1),
+        *_of_file(results / "apart_grocery.csv", of_parts, count=1),
+        *_of_file(results / "fast_forms.csv", of_best_form, count=1),
     ]
 
 

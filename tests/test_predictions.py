@@ -65,6 +65,11 @@ STRONG = {
     "no_update": 0.5,
     "memory": 1.0,
 }
+PARTS = {
+    "aim": 2.0,
+    "apart": 2.0,
+}
+FORMS = {"attend_erase_add": 0.0}
 CONTROLS = {
     "control_stride1": 40.0,
     "roll_control": 20.0,
@@ -101,6 +106,9 @@ def outcomes(
     of_groceries=(),
     of_kernels=(),
     of_strong=(),
+    of_parts=(),
+    of_parts_grocery=(),
+    of_forms=(),
 ):
     gains = {
         "predictions": GAINS | dict(changed),
@@ -111,17 +119,20 @@ def outcomes(
         "adapters_grocery": GROCERIES | dict(of_groceries),
         "kernels": KERNELS | dict(of_kernels),
         "strong_resnet": STRONG | dict(of_strong),
+        "apart": PARTS | dict(of_parts),
+        "apart_grocery": PARTS | dict(of_parts_grocery),
+        "fast_forms": FORMS | dict(of_forms),
     }
     for study, of_study in gains.items():
         write(tmp_path / f"{study}.csv", of_study, spread)
-    for study in ("adapters", "adapters_grocery", "kernels"):
+    for study in ("adapters", "adapters_grocery", "kernels", "apart_grocery", "fast_forms"):
         file = tmp_path / f"{study}.csv"
         file.write_text(file.read_text().replace(",control_stride1,", ",control,"))
     return [result for _, result in SCRIPT["rows"](tmp_path)]
 
 
 def test_all_can_hold(tmp_path):
-    assert outcomes(tmp_path) == ["holds"] * 30
+    assert outcomes(tmp_path) == ["holds"] * 33
     measured = [text for text, _ in SCRIPT["rows"](tmp_path)]
     # The interval of five numbers with a standard deviation of 0.079 points.
     assert measured[3] == (
@@ -144,7 +155,7 @@ def test_all_can_hold(tmp_path):
     ],
 )
 def test_each_can_fail_alone(tmp_path, number, changed):
-    expected = ["holds"] * 30
+    expected = ["holds"] * 33
     expected[number - 1] = "fails"
     assert outcomes(tmp_path, changed) == expected
 
@@ -162,7 +173,7 @@ def test_each_can_fail_alone(tmp_path, number, changed):
     ],
 )
 def test_each_can_be_undecided_alone(tmp_path, number, changed):
-    expected = ["holds"] * 30
+    expected = ["holds"] * 33
     expected[number - 1] = "undecided"
     assert outcomes(tmp_path, changed) == expected
 
@@ -218,10 +229,15 @@ def test_each_can_be_undecided_alone(tmp_path, number, changed):
         (29, {"no_update": 2.0}, "undecided"),
         (30, {"memory": 2.4}, "fails"),
         (30, {"memory": 2.0}, "undecided"),
+        (31, {"apart": 0.9}, "fails"),
+        (31, {"apart": 1.4}, "undecided"),
+        (32, {"apart": 0.9}, "fails"),
+        (32, {"apart": 1.4}, "undecided"),
+        (33, {"attend_erase_add": 0.2}, "fails"),
     ],
 )
 def test_each_of_later_studies_can_fail_or_be_undecided_alone(tmp_path, number, changed, result):
-    expected = ["holds"] * 30
+    expected = ["holds"] * 33
     expected[number - 1] = result
     last = {
         12: "of_patterns",
@@ -230,6 +246,9 @@ def test_each_of_later_studies_can_fail_or_be_undecided_alone(tmp_path, number, 
         26: "of_groceries",
         28: "of_kernels",
         30: "of_strong",
+        31: "of_parts",
+        32: "of_parts_grocery",
+        33: "of_forms",
     }
     study = next(name for number_of_last, name in last.items() if number <= number_of_last)
     assert outcomes(tmp_path, **{study: changed}) == expected
@@ -242,16 +261,21 @@ def test_that_of_longer_training_is_decided_by_it(tmp_path):
 
 def test_wide_intervals_decide_nothing_that_they_contain(tmp_path):
     # 2 points either way: only means count in the third.
-    assert outcomes(tmp_path, {"roll_no_update": 0.5}, spread=2.0)[0] == "undecided"
+    found = outcomes(
+        tmp_path, {"roll_no_update": 0.5}, spread=2.0, of_forms=dict(attend_erase_add=0.6)
+    )
+    assert found[0] == "undecided"
+    # A gain that may be none, but is not small.
+    assert found[32] == "undecided"
 
 
 def test_page_shows_what_was_measured():
     found = re.findall(r"^\| \d+ \|.*\|([^|]*)\|([^|]*)\|$", PAGE, re.MULTILINE)
-    assert len(found) == 30
+    assert len(found) == 33
     shown = [(measured.strip(), result.strip()) for measured, result in found]
     assert shown == SCRIPT["rows"](SCRIPT["RESULTS"])
 
 
 def test_nothing_is_measured_without_results(tmp_path, capsys):
     SCRIPT["main"](tmp_path)
-    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 31))
+    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 34))
