@@ -638,7 +638,11 @@ class _Latch:
         """Raises UsageError where the first axis is not the batch, but a memory per example is."""
         if not self.update_after or not self.aim.check_batch:
             return
-        places = (self.read, self.read_initial, self.selectors)
+        written = {self._part(path) for path in self.updates}
+        # Of which there is one for the whole batch, at the end too.
+        unwritten = [path for path in self.has_read if self._part(path) not in written]
+        ignored = (*self.read_initial, *compile_patterns([re.escape(path) for path in unwritten]))
+        places = (self.read, ignored, self.selectors)
         for axis in (0, 1) if self.aim.update.pool == "causal" else (0,):
             batch_axis.check(net, method, args, kwargs, *places, axis)
 

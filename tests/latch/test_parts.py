@@ -125,6 +125,26 @@ def test_parts_are_altered_by_what_they_are():
     assert_close(reset, aim.apply(removed, X))
 
 
+class TimeMajor(nn.Module):
+    """(B, T, C) -> (T, B, C) between two layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(6, name="early")(x).swapaxes(0, 1)
+        return nn.Dense(6, name="late")(x).swapaxes(0, 1)
+
+
+def test_a_part_that_is_not_written_is_read_along_any_axis():
+    """As many steps as examples, so that sizes tell nothing."""
+    x, update = draw(4, 4, 5), MemoryUpdate((3,), pool="mean")
+    with refused("read matches 'late', which has an array"):
+        latched(TimeMajor(), ".*", "early", update=update).init(KEY, x)
+    aim = latched(TimeMajor(), ".*", "early", update=update, per=("early", "late"))
+    variables = random_variables(aim, x)
+    both = aim.apply(variables, np.concatenate([x, x]))
+    assert_close(both[:4], aim.apply(variables, x))
+
+
 class Nested(nn.Module):
     @nn.compact
     def __call__(self, x):
