@@ -43,6 +43,7 @@ STUDIES = {
     "adapters_grocery": range(720, 723),
     "kernels": range(830, 836),
     "strong_resnet": range(900, 903),
+    "apart": range(850, 860),
 }
 
 
