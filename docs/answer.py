@@ -124,6 +124,7 @@ CLAIMS = (
         "control_stride1",
     ),
     Claim(_STRONG, "unwritten memory, 45,000 images", "no_update", "control_stride1"),
+    Claim(_STRONG, "memory, 45,000 images", "memory", "control_stride1"),
     Claim(_SMALL, "writing in it, as published", "published", "published_no_update"),
     Claim(_SMALL, "writing, all blocks read it", "aim", "aim_no_update"),
     Claim(_ROLLED, "memory where positions mean nothing", "roll_published", "roll_control"),

@@ -3,7 +3,7 @@
     python docs/predictions.py
 
 From the studies in results/. The rules are those of the page, which stood before the runs. A study
-or arm that hasn't run leaves the columns of its predictions empty.
+that hasn't run leaves the columns of its predictions empty.
 """
 
 import functools
@@ -196,8 +196,6 @@ def _of_longer(short: Path, long: Path) -> tuple[str, str]:
 
 def _of_strong(long: Path, strong: Path, arm: str) -> tuple[str, str]:
     if not (long.is_file() and strong.is_file()):
-        return "", ""
-    if arm not in accuracies_by_arm(read_recorded(strong)):
         return "", ""
     gained, left = gains(strong)(arm), gains(long)("published_no_update")
     return f"`{arm}` {_told(gained)}; left: {_told(left)}", _below_half(gained, left)
