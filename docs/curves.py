@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 CSV, FIGURE = ROOT / "results" / "curves.csv", ROOT / "docs" / "curves.png"
 # The plain network, and the wider one that has as many parameters as that with a memory.
 PLAIN, WIDER = "control_stride1", "control_params"
-# The training that most studies of the page have.
-IMAGES, EPOCHS = 5000, 10
+# Of the training that most studies of the page have.
+EPOCHS = 10
 _ARM = re.compile(r"(?P<name>\w+)_(?P<images>\d+)x(?P<epochs>\d+)")
 
 # So many images and epochs.
@@ -83,29 +83,41 @@ def shows(accuracies: Accuracies, reference: str) -> str:
 def draw(accuracies: Accuracies, path: Path) -> None:
     """Draws the gains against epochs, and against images, each with its 95 % interval.
 
-    Above over the plain network, below over the wider one.
+    Above over the plain network, below over the wider one. Against epochs for each number of images
+    that was trained for several.
     """
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    panels = figure.subplots(2, 2, sharey=True, sharex="col")
+    columns = epochs_by_images(accuracies)
+    figure = Figure(figsize=(4.5 * (len(columns) + 1), 7), layout="constrained")
+    panels = figure.subplots(2, len(columns) + 1, sharey=True, sharex="col", squeeze=False)
     colours = {arm: f"C{number}" for number, arm in enumerate(gains(accuracies, PLAIN))}
-    for (epochs, images), reference in zip(panels, (PLAIN, WIDER), strict=True):
+    for row, reference in zip(panels, (PLAIN, WIDER), strict=True):
+        *epochs, images = row
         for arm, of_arm in gains(accuracies, reference).items():
             # Side by side, or intervals would hide each other.
             shift = 1.04 ** (list(colours).index(arm) - (len(colours) - 1) / 2)
             style = {"label": arm, "color": colours[arm], "marker": "o", "capsize": 3}
-            by_epochs = {e: found for (n, e), found in of_arm.items() if n == IMAGES}
-            by_images = {n: found for (n, e), found in of_arm.items() if e == EPOCHS}
-            for axis, line in ((epochs, by_epochs), (images, by_images)):
+            lines = [{e: of_arm[n, e] for e in trained} for n, trained in columns.items()]
+            lines.append({n: found for (n, e), found in of_arm.items() if e == EPOCHS})
+            for axis, line in zip(row, lines, strict=True):
                 means, bars = in_points(found.summary for found in line.values())
                 axis.errorbar([x * shift for x in line], means, yerr=bars, **style)
-        epochs.set_ylabel(f"test accuracy − that of {reference},\nsame seed (percentage points)")
-    _set_up(epochs, f"epochs, of {IMAGES:,} images", [e for n, e in accuracies if n == IMAGES])
+        row[0].set_ylabel(f"test accuracy − that of {reference},\nsame seed (percentage points)")
+    for axis, (n, trained) in zip(epochs, columns.items(), strict=True):
+        _set_up(axis, f"epochs, of {n:,} images", trained)
     _set_up(images, f"training images, {EPOCHS} epochs", [n for n, e in accuracies if e == EPOCHS])
     for axis in panels.flat:
         axis.axhline(0, color="grey", linewidth=1)
     panels[0, 0].legend()
     set_title(figure, "Gain of a small ResNet on CIFAR-10: mean and 95 % interval")
     files.save_figure(figure, path)
+
+
+def epochs_by_images(accuracies: Accuracies) -> dict[int, list[int]]:
+    """Returns the numbers of epochs for each number of images that was trained for several."""
+    found: dict[int, list[int]] = {}
+    for images, epochs in accuracies:
+        found.setdefault(images, []).append(epochs)
+    return {images: epochs for images, epochs in found.items() if len(epochs) > 1}
 
 
 def _set_up(axis: Axes, label: str, ticks: Sequence[int]) -> None:

@@ -66,6 +66,10 @@ def test_figure_is_that_of_the_recorded_runs(tmp_path):
     assert_drawn_alike(tmp_path / "x.png", SCRIPT["FIGURE"])
 
 
+def test_epochs_are_drawn_for_images_that_were_trained_for_several(accuracies):
+    assert SCRIPT["epochs_by_images"](accuracies) == {5000: [10, 30]}
+
+
 def test_what_shows_is_by_the_seeds(accuracies):
     """The memory's differences have a deviation of one point, those of `control_params` none."""
     sentence = SCRIPT["shows"](accuracies, PLAIN)
