@@ -44,6 +44,7 @@ STUDIES = {
     "kernels": range(830, 836),
     "strong_resnet": range(900, 903),
     "apart": range(850, 860),
+    "apart_grocery": range(860, 863),
 }
 
 
