@@ -102,6 +102,9 @@ _FROZEN_PHOTOS = Study(
     "adapters_grocery",
     "predictions.md#the-same-on-photographs-and-what-kind-of-bias-it-is",
 )
+_PARTS = "predictions.md#a-seventh-it-need-not-be-one-memory-for-the-whole-network"
+_APART = Study("small ResNet, CIFAR-10", "apart", _PARTS)
+_FROZEN_APART = Study("frozen EfficientNet, groceries", "apart_grocery", _PARTS)
 _DIGITS = Study("MLP, digits", "digits_mlp", "#handwritten-digits-an-mlp-no")
 
 CLAIMS = (
@@ -127,6 +130,7 @@ CLAIMS = (
     Claim(_STRONG, "memory, 45,000 images", "memory", "control_stride1"),
     Claim(_SMALL, "writing in it, as published", "published", "published_no_update"),
     Claim(_SMALL, "writing, all blocks read it", "aim", "aim_no_update"),
+    Claim(_APART, "one memory, against one for each stage", "aim", "apart"),
     Claim(_ROLLED, "memory where positions mean nothing", "roll_published", "roll_control"),
     Claim(_FAST, "fast bias by position, against memory", "bias_fast", "published_no_update"),
     Claim(_TUNED, "memory, fine-tuned", "aim", "control"),
@@ -142,6 +146,7 @@ CLAIMS = (
     Claim(_FROZEN_PHOTOS, "memory", "aim", "control"),
     Claim(_FROZEN_PHOTOS, "bias for each channel, against memory", "flat", "aim"),
     Claim(_FROZEN_PHOTOS, "low-rank change of kernels, against memory", "low_rank", "aim"),
+    Claim(_FROZEN_APART, "one memory, against one for each stage", "aim", "apart"),
     Claim(_DIGITS, "memory", "aim", "control"),
 )
 

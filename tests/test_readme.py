@@ -118,6 +118,13 @@ def test_first_screen_says_what_the_committed_results_are():
     p = ttest_rel(found["aim"], found["aim_no_update"]).pvalue
     writing, whole = (points(cifar10, "aim", arm) for arm in ("aim_no_update", "control_stride1"))
     assert f"adds {writing} points (p = {p:.3f}), and the memory gains {whole} in all" in summary
+    found = accuracies("apart")
+    p = ttest_rel(found["aim"], found["apart"]).pvalue
+    sharing = points("apart", "aim", "apart")
+    assert f"for the whole network gains {sharing} points more than" in summary
+    assert f"one for each stage (p = {p:.2f})" in summary
+    found = accuracies("apart_grocery")
+    assert ttest_rel(found["aim"], found["apart"]).pvalue > 0.05
     fast = [points("fast", arm, "control_stride1") for arm in ("bias_fast", UNWRITTEN)]
     assert f"gains {fast[0]} points where the memory gains {fast[1]}" in summary
     large = [points("patterns", arm, "control_stride1") for arm in ("bias_random", "bias_frozen")]
