@@ -92,6 +92,11 @@ _RATES = Study(
     "kernels",
     "predictions.md#a-fifth-low-rank-changes-make-kernels-learn-faster",
 )
+_FAST_FORMS = Study(
+    "EfficientNet, groceries",
+    "fast_forms",
+    "predictions.md#an-eighth-memory-at-a-better-learning-rate",
+)
 _FROZEN = Study(
     "frozen EfficientNet, CIFAR-10",
     "adapters",
@@ -102,7 +107,7 @@ _FROZEN_PHOTOS = Study(
     "adapters_grocery",
     "predictions.md#the-same-on-photographs-and-what-kind-of-bias-it-is",
 )
-_PARTS = "predictions.md#a-seventh-it-need-not-be-one-memory-for-the-whole-network"
+_PARTS = "predictions.md#a-seventh-one-memory-or-one-for-each-stage"
 _APART = Study("small ResNet, CIFAR-10", "apart", _PARTS)
 _FROZEN_APART = Study("frozen EfficientNet, groceries", "apart_grocery", _PARTS)
 _DIGITS = Study("MLP, digits", "digits_mlp", "#handwritten-digits-an-mlp-no")
@@ -140,6 +145,7 @@ CLAIMS = (
     Claim(_SEARCHED, "three more epochs, against it", "longer", "attend_erase_add"),
     Claim(_RATES, "three times the learning rate, without memory", "fast", "control"),
     Claim(_RATES, "low-rank change of kernels, against that rate", "lora", "fast"),
+    Claim(_FAST_FORMS, "best form of a search, at that rate", "attend_erase_add", "control"),
     Claim(_FROZEN, "memory", "aim", "control"),
     Claim(_FROZEN, "memory, against gates from the image", "aim", "gates"),
     Claim(_FROZEN, "writing in it", "aim", "no_update"),

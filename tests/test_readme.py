@@ -45,6 +45,7 @@ STUDIES = {
     "strong_resnet": range(900, 903),
     "apart": range(850, 860),
     "apart_grocery": range(860, 863),
+    "fast_forms": range(840, 846),
 }
 
 
@@ -147,7 +148,11 @@ def test_first_screen_says_what_the_committed_results_are():
     )
     assert f"are {best:+.1f} and {other:+.1f} points from it, where three more" in summary
     fast = points("kernels", "fast", "control")
-    assert f"epochs gain {longer:.1f}, and three times the learning rate {fast}." in summary
+    assert f"epochs gain {longer:.1f}, and three times the learning rate {fast};" in summary
+    forms = points("fast_forms", "attend_erase_add", "control")
+    assert f"at that rate the better one is {forms} points ahead (6 seeds)" in summary
+    found = accuracies("fast_forms")
+    assert ttest_rel(found["attend_erase_add"], found["control"]).pvalue > 0.05
     frozen = points("adapters", "aim", "control")
     assert f"a memory gains {frozen} points** on CIFAR-10" in summary
     assert 0.7 < float(points("adapters", "no_update", "control")) / float(frozen) < 0.75
