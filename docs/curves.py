@@ -107,7 +107,8 @@ def draw(accuracies: Accuracies, path: Path) -> None:
     _set_up(images, f"training images, {EPOCHS} epochs", [n for n, e in accuracies if e == EPOCHS])
     for axis in panels.flat:
         axis.axhline(0, color="grey", linewidth=1)
-    panels[0, 0].legend()
+    named = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=len(colours))
     set_title(figure, "Gain of a small ResNet on CIFAR-10: mean and 95 % interval")
     files.save_figure(figure, path)
 
