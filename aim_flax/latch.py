@@ -628,7 +628,7 @@ class _Latch:
                 )
 
         for beginning, part in self.parts.items():
-            if part not in self.parts_read:
+            if part and part not in self.parts_read:
                 raise UsageError(
                     f"per has {beginning!r}, but no module whose path begins with it reads the"
                     f" memory; it is read in: {', '.join(self.has_read)}"
