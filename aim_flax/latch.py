@@ -241,11 +241,6 @@ class AiM(nn.Module):
         return (self, *inner.chain) if isinstance(inner, AiM) else (self,)
 
     @property
-    def memory_shape(self) -> tuple[int, ...]:
-        """The shape of each of its memories, without the batch."""
-        return check_memory(self.memory.shape, self.memory.kind)
-
-    @property
     def network(self) -> nn.Module:
         """The network within all of them, unbound."""
         backbone = self.chain[-1].backbone
@@ -350,10 +345,9 @@ class _Latch:
         self.updated_from: dict[str, jax.Array] = {}
         # Of memories, each by the name of its part; "" where one is for all.
         self.parts = parts_of(aim.per)
-        self.parts_read: set[str] = set()
         self.weights = self._memories(aim.called)
         self.current = self.weights
-        axes = len(aim.memory_shape) - 1
+        axes = len(check_memory(aim.memory.shape, aim.memory.kind)) - 1
         self.form = Form(aim.read_mode, aim.zero_init, aim.fit, axes)
         if aim.carry == "state":
             self.carried = {part: self._carried(part) for part in self.weights}
@@ -538,7 +532,6 @@ class _Latch:
         measure = self._measures(module)
         y = read(call, m, self.form, self._push, measure, aim.called)
         warn_of_keys(module, path, aim.read_mode)
-        self.parts_read.add(part)
         if aim.watch is not None:
             aim.watch(Place("read", path, self._name(part, initial), call.x.shape))
         if measure and aim.capture:
@@ -563,13 +556,13 @@ class _Latch:
                 f"update_after matches {path!r}, whose output is a {type(y).__name__}: say which"
                 f" part of it is the array, such as update_after={{{path!r}: 0}} for the first"
             )
+        part = self._part(path)
+        before = self.current[part]
         if self.aim.update.pool == "causal" and self.form.axes:
             raise UsageError(
                 "pool 'causal' makes one memory for each position of a dense memory, shape (D,),"
-                f" not {self.aim.memory_shape}"
+                f" not {before.shape[1:]}"
             )
-        part = self._part(path)
-        before = self.current[part]
         if y.ndim:
             check_batch(before, y, path)
         if path not in self.updates:
@@ -627,8 +620,9 @@ class _Latch:
                     f" there are: {', '.join(paths) or 'none'}{advice}"
                 )
 
+        parts_read = {self._part(path) for path in self.has_read}
         for beginning, part in self.parts.items():
-            if part and part not in self.parts_read:
+            if part and part not in parts_read:
                 raise UsageError(
                     f"per has {beginning!r}, but no module whose path begins with it reads the"
                     f" memory; it is read in: {', '.join(self.has_read)}"

@@ -115,8 +115,10 @@ def check_memory(shape: Sequence[int], kind: str) -> tuple[int, ...]:
     return shape
 
 
-def distinct_values(shape: Sequence[int], kind: str, kernel_size: int | Sequence[int] = 1) -> int:
-    """Returns how many of the memory's floats can differ from each other.
+def distinct_values(
+    shape: Sequence[int], kind: str, kernel_size: int | Sequence[int] = 1, count: int = 1
+) -> int:
+    """Returns how many of the floats of `count` such memories can differ from each other.
 
     A convolution on ones tells two positions apart only by the part of its kernel that falls
     outside the map, so at most the border differs from the inside.
@@ -125,12 +127,12 @@ def distinct_values(shape: Sequence[int], kind: str, kernel_size: int | Sequence
     if kind == "zero":
         return 1
     if kind != "conv":
-        return math.prod(shape)
+        return count * math.prod(shape)
     *sizes, distinct = shape
     for size, k in zip(sizes, kernel_of(kernel_size, len(sizes)), strict=True):
         before, after = (k - 1) // 2, k // 2
         distinct *= len({(min(i, before), min(size - 1 - i, after)) for i in range(size)})
-    return distinct
+    return count * distinct
 
 
 def fixed_key(path: Sequence[str]) -> jax.Array:

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from aim_flax import config as configs
 from aim_flax.cli import train as train_command
+from aim_flax.memory import distinct_values
 from aim_flax.models.describe import describe, multiply_adds
 from tests.runs import DIGITS, arms, load
 
@@ -164,6 +165,8 @@ def test_each_part_has_a_memory_of_its_own():
     assert re.search(r"^  layer2/dense +reads memory/layer2 into 256$", text, re.MULTILINE)
     zeros, _ = describe(configs.override(config, ["memory.kind=zero"]))
     assert "memory floats: 192, of which 1 can differ" in zeros
+    # Of a 1x1 convolution the channels alone, in each.
+    assert distinct_values((2, 2, 256), "conv", 1, count=4) == 1024
 
 
 @pytest.mark.parametrize(("arm", "total"), [("published", 26_673_380), ("control", 23_792_612)])

@@ -92,13 +92,19 @@ def run(tmp_path_factory, standard_promotion, quick_compile):
     return workdir
 
 
-@pytest.mark.slow
-def test_eval_draws_the_memory_of_each_part(tmp_path, capsys, monkeypatch):
-    seen = {}
+@pytest.fixture
+def seen(monkeypatch):
+    """The learned contents that would be drawn."""
+    drawn = {}
     monkeypatch.setattr(
         "aim_flax.evaluate.memory_pictures.plot_learned",
-        lambda path, learned, title: seen.update(learned),
+        lambda path, learned, title: drawn.update(learned),
     )
+    return drawn
+
+
+@pytest.mark.slow
+def test_eval_draws_the_memory_of_each_part(tmp_path, capsys, seen):
     config = digits("aim", "train.epochs=1", "memory.per=('layer1','layer2','head')")
     loop.run(config, tmp_path / "run", 1, quiet=True)
     assert read_json(tmp_path / "run" / "summary.json")["memory_floats"] == 3 * 8
@@ -112,12 +118,7 @@ def test_eval_draws_the_memory_of_each_part(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_eval_draws_the_memory_of_a_run(run, capsys, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        "aim_flax.evaluate.memory_pictures.plot_learned",
-        lambda path, learned, title: seen.update(learned),
-    )
+def test_eval_draws_the_memory_of_a_run(run, capsys, seen):
     evaluate_command.main(["--workdir", str(run), "--memory-pictures", "--devices", "2"])
     assert "360 images: memory_learned.png, memory_written_test.png" in capsys.readouterr().out
     variables = restore_run(run).variables

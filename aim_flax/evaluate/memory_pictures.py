@@ -24,7 +24,6 @@ from aim_flax.plots import class_matrix, plain, set_title, short
 MOST_IMAGES = 512
 MOST_CHANNELS, CHANNELS_IN_A_LINE = 16, 8
 SHOWN_IMAGES = 8
-_WRITTEN = "written in "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,30 +73,30 @@ def collect(
         watching = capturing.clone(watch=watch)
         _, seen = watching.apply(variables, images, train=False, mutable=["intermediates"])
         flat = flatten_dict(seen["intermediates"], sep="/")
-        learned = {}
-        for name, values in flat.items():
-            if name.endswith("_at_start"):
-                whole = name.removesuffix("_at_start")
-                # With `AiM.per` a dict of those of the parts.
-                parts = values[0] if isinstance(values[0], dict) else {"": values[0]}
-                learned |= {f"{whole}/{part}".rstrip("/"): m[0] for part, m in parts.items()}
-        of_images = {"images": images, "labels": labels, "counted": counted}
-        for memory, path in last.items():
-            of_images[_WRITTEN + memory] = flat[f"{path}/{model.called}_as_written"][-1]
+        # Each a memory or, with `AiM.per`, a dict of those of the parts.
+        at_start = {
+            name.removesuffix("_at_start"): values[0]
+            for name, values in flat.items()
+            if name.endswith("_at_start")
+        }
+        learned = {name: m[0] for name, m in flatten_dict(at_start, sep="/").items()}
+        written = {
+            memory: flat[f"{path}/{model.called}_as_written"][-1] for memory, path in last.items()
+        }
+        of_images = {"images": images, "labels": labels, "counted": counted, "written": written}
         return learned, jax.lax.all_gather(of_images, AXIS, tiled=True)
 
     run = devices.map(on_device, sharded=(1,) if batches.sharded else ())
     seed = devices.replicate(np.uint32(seed))
-    parts: list[dict[str, np.ndarray]] = []
+    parts: list[dict[str, Any]] = []
     for data in batches:
         learned, part = devices.fetch(run(variables, data, seed))
         counted = part.pop("counted")
-        parts.append({name: array[counted] for name, array in part.items()})
+        parts.append(jax.tree.map(lambda array, counted=counted: array[counted], part))
         if sum(len(part["labels"]) for part in parts) >= MOST_IMAGES:
             break
-    whole = {n: np.concatenate([part[n] for part in parts])[:MOST_IMAGES] for n in parts[0]}
-    written = {n.removeprefix(_WRITTEN): m for n, m in whole.items() if n.startswith(_WRITTEN)}
-    return Notebooks(learned, whole["images"], whole["labels"], written)
+    whole = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:MOST_IMAGES], *parts)
+    return Notebooks(learned, **whole)
 
 
 def write(

@@ -49,11 +49,9 @@ def describe(config: ConfigDict) -> tuple[str, dict[str, Any]]:
     if config.memory is None:
         lines.append("memory floats: 0")
     else:
-        memory, floats = config.memory, memory_floats(config)
-        distinct = distinct_values(memory.shape, memory.kind, memory.get("kernel_size", 1))
-        if memory.kind != "zero":  # In which none differ, however many there are.
-            distinct *= floats // math.prod(memory.shape)
-        lines.append(f"memory floats: {floats:,}, of which {distinct:,} can differ")
+        memory, count = config.memory, len(parts_of(config.memory.get("per", ())))
+        distinct = distinct_values(memory.shape, memory.kind, memory.get("kernel_size", 1), count)
+        lines.append(f"memory floats: {memory_floats(config):,}, of which {distinct:,} can differ")
     # Checked above, where it was initialised.
     checked = trained(model)
     jaxpr = jax.make_jaxpr(lambda v, x: checked.apply(v, x, train=False))(variables, image)
