@@ -20,14 +20,15 @@ from flax import linen as nn
 from flax.core import Scope
 from flax.errors import ScopeParamShapeError
 
+from aim_flax.backbone import Latched, check_backbone, trace_init
 from aim_flax.errors import UsageError, check_choice, nearest
-from aim_flax.latch import NO_READS, check_backbone, init_context, trace_init
+from aim_flax.latch import AiM
 from aim_flax.layers.of_two import twin
 from aim_flax.memory import computed_dtype
 from aim_flax.modes import resolve
 from aim_flax.patterns import Patterns, compile_patterns
-from aim_flax.reads import READABLE, Call, check_input, is_plain_call, kind_of
-from aim_flax.scopes import is_in_backbone, push_latched_on, with_backbone
+from aim_flax.reads import NO_READS, READABLE, Call, check_input, is_plain_call, kind_of
+from aim_flax.scopes import is_in_backbone, push_latched_on, transformations, with_backbone
 
 # Channels for each hidden unit of a gate, as in the paper.
 _REDUCTION = 16
@@ -47,7 +48,7 @@ class At(NamedTuple):
     channels: int
 
 
-class Instead(nn.Module):
+class Instead(Latched):
     """A Linen network with something other than a memory latched on to some of its layers.
 
     It takes the backbone's place, from outside, as `AiM` does: the backbone's parameters keep their
@@ -55,7 +56,7 @@ class Instead(nn.Module):
     that layer's own parameters, under the name of its kind.
 
     Attributes:
-      backbone: any Linen module.
+      backbone: any Linen module but an `AiM`, of which it can be the backbone.
       kind: what it is.
         "coords": the layer sees, after its input's channels, one for each spatial axis (row and
         column), which rises from -1 to 1 along it; 0 where there is one position (R. Liu et al.,
@@ -90,7 +91,6 @@ class Instead(nn.Module):
         vectors) for "coords" or "position_bias", or options that do not go together.
     """
 
-    backbone: nn.Module
     kind: str
     at: Patterns
     hidden: Sequence[int] = ()
@@ -100,10 +100,11 @@ class Instead(nn.Module):
     zero_init: bool = False
 
     @nn.compact
-    def __call__(self, *args: Any, train: bool | None = None, **kwargs: Any) -> Any:
-        """Calls the backbone and returns what it returns.
+    def call(self, method: str, /, *args: Any, train: bool | None = None, **kwargs: Any) -> Any:
+        """Calls a method of the backbone and returns what it returns; see `AiM.call`.
 
         Args:
+          method: its name.
           *args, **kwargs: passed on as they are.
           train: passed on in the backbone's own words, as what its mode argument is called.
 
@@ -112,14 +113,19 @@ class Instead(nn.Module):
         """
         self._check_options()
         check_backbone(self)
-        network = self.backbone.unbind()[0] if self.backbone.scope is not None else self.backbone
-        _, kwargs = resolve(network, self.mode, train, args, kwargs)
+        if isinstance(self.backbone, AiM):
+            raise UsageError(
+                "the backbone of an Instead is an AiM: latch the memory on to the Instead, as in"
+                " AiM(Instead(network, ...), ...)"
+            )
+        train, kwargs = resolve(self.network, self.declared_mode, train, args, kwargs, method)
         # In this module's own place, as in `AiM.call`.
         scope = self.scope.rewound()
         latch = _Latch(self, scope)
-        with init_context(self.is_initializing()), nn.intercept_methods(latch.intercept):
-            outputs = network.clone(parent=scope)(*args, **kwargs)
-        latch.check()
+        outputs = self.run(scope, latch.intercept, method, args, kwargs, train=train)
+        # Another method need not call all layers; but what initialises must.
+        if method == "__call__" or self.is_initializing():
+            latch.check()
         return outputs
 
     @nn.nowrap
@@ -218,16 +224,14 @@ class _Latch:
             return _with_coords(call, y, scope)
         if instead.kind == "position_bias":
             return _with_bias(call, y, scope, instead.stddev)
-        hidden = self._hidden(number, channels)
+        hidden = self._hidden(number, channels, scope)
         if instead.kind == "low_rank":
             return _with_low_rank(call, y, scope, hidden)
         return _gated(call, y, scope, hidden, instead.zero_init)
 
     def _check_place(self, call: Call, y: Any) -> None:
         module, path, kind = call.module, call.path, self.instead.kind
-        inner = module.scope.debug_path[len(self.scope.path) :]
-        plain = module.path[len(self.scope.path) :]
-        around = [name for name, own in zip(inner, plain, strict=False) if name != own]
+        around = transformations(module, self.scope)
         if any("jit(" in name for name in around):
             raise UsageError(
                 f"{path!r} runs inside nn.jit, which may call what it compiled before without"
@@ -254,10 +258,14 @@ class _Latch:
                 " there: give it another name"
             )
 
-    def _hidden(self, number: int, channels: int) -> int:
+    def _hidden(self, number: int, channels: int, scope: Scope) -> int:
         hidden = self.instead.hidden
         if len(hidden) < 2:
             return hidden[0] if hidden else max(1, channels // _REDUCTION)
+        # Their order is that of the initialisation; another method may call other layers first.
+        last = scope.variables().get("params", {}).get(SIZED[self.instead.kind])
+        if last is not None:
+            return jax.tree.leaves(last)[0].shape[0]
         # How many layers there are is known at the end.
         return hidden[min(number, len(hidden) - 1)]
 
@@ -401,6 +409,7 @@ def _dense(module: nn.Module) -> Callable[..., nn.Dense]:
     return partial(nn.Dense, use_bias=False, dtype=module.dtype, param_dtype=module.param_dtype)
 
 
-# Those whose size is chosen by `hidden`; layers of vectors can have them, too.
-SIZED = ("squeeze_excite", "low_rank")
+# Those whose size is chosen by `hidden`, with the name of the last of their two layers; layers of
+# vectors can have them, too.
+SIZED = {"squeeze_excite": "excite", "low_rank": "up"}
 KINDS = ("coords", "position_bias", *SIZED)

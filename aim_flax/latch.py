@@ -11,9 +11,8 @@ What is latched on to a module lies beside that module's own parameters, under `
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +23,13 @@ from flax.core import Scope
 from jax.extend.core import get_opaque_trace_state
 
 from aim_flax import batch_axis
+from aim_flax.backbone import Latched, check_backbone, trace_init
 from aim_flax.errors import UsageError, check_choice, nearest
 from aim_flax.memory import FITS, Memory, check_memory
 from aim_flax.modes import resolve
 from aim_flax.patterns import Patterns, compile_patterns, select, selectors
 from aim_flax.reads import (
+    NO_READS,
     READ_MODES,
     READABLE,
     Call,
@@ -42,14 +43,10 @@ from aim_flax.reads import (
     record,
     warn_of_keys,
 )
-from aim_flax.scopes import is_in_backbone, push_latched_on, with_backbone
+from aim_flax.scopes import is_in_backbone, push_latched_on, transformations, with_backbone
 from aim_flax.updates import MemoryUpdate
 
 CARRIES = ("weights", "state")
-
-# Part of JAX's cache keys. Without it nn.jit could take its init from a plain network's cache, and
-# the latch, which sees only what is traced, would not even know that there is an nn.jit to refuse.
-init_context = jax.make_user_context(default_value=False)
 
 # (memory as it stands, memory of the weights alone, batch size, path) -> memory that is read.
 Alteration = Callable[[jax.Array, jax.Array, int, str], jax.Array]
@@ -71,7 +68,7 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-class AiM(nn.Module):
+class AiM(Latched):
     """A Linen network with a memory that its layers read and that update blocks rewrite.
 
     Patterns are regular expressions that must match a whole module path, such as
@@ -82,7 +79,6 @@ class AiM(nn.Module):
     inner one is the backbone of the outer, with the paths of the network inside.
 
     Attributes:
-      backbone: any Linen module.
       memory: the notebook at the start of each forward pass.
       read: modules that read the memory: nn.Conv and nn.ConvTranspose, nn.Dense, and
         nn.DenseGeneral over its last axis. Other modules that a pattern matches are left alone,
@@ -137,7 +133,6 @@ class AiM(nn.Module):
         after, or options that do not go together.
     """
 
-    backbone: nn.Module
     memory: Memory
     read: Patterns
     update_after: Patterns = ()
@@ -156,10 +151,6 @@ class AiM(nn.Module):
     watch: Callable[[Place], None] | None = None
     alter_read: Sequence[tuple[str, Alteration]] = ()
     no_write: Sequence[str] = ()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the backbone with these arguments and returns what it returns: see `call`."""
-        return self.call("__call__", *args, **kwargs)
 
     @nn.compact
     def call(
@@ -187,22 +178,17 @@ class AiM(nn.Module):
             see `MemoryUpdate`. Not passed on.
         """
         check_backbone(self)
-        net, mode = self.network, next((aim.mode for aim in self.chain if aim.mode), None)
+        net, mode = self.network, self.declared_mode
         train, kwargs = resolve(net, mode, train, args, kwargs, method)
         self._check_options(train, memory_mask)
         # Flax binds attributes one level down and takes their names. The backbone belongs in this
         # module's own place, where no name is taken but the memories'.
         scope = self.scope.rewound()
         latch = _Latch(self, scope, train, memory_mask)
-        unbound = self.backbone.unbind()[0]
-        if isinstance(unbound, AiM):
-            # In a scope like it, for its fields have the same names.
-            run = partial(unbound.clone(parent=scope.rewound()).call, method)
-            given = {**kwargs, "train": train, "memory_mask": memory_mask}
-        else:
-            run, given = getattr(unbound.clone(parent=scope), method), kwargs
-        with init_context(self.is_initializing()), nn.intercept_methods(latch.intercept):
-            outputs = run(*args, **given)
+        inner = {"train": train}
+        if len(self.chain) > 1:
+            inner["memory_mask"] = memory_mask
+        outputs = self.run(scope, latch.intercept, method, args, kwargs, **inner)
         # Another method need not call all modules; but what initialises must.
         if method == "__call__" or self.is_initializing():
             latch.check_patterns()
@@ -239,42 +225,6 @@ class AiM(nn.Module):
         """This AiM and those directly inside of it, outermost first."""
         inner = self.backbone
         return (self, *inner.chain) if isinstance(inner, AiM) else (self,)
-
-    @property
-    def network(self) -> nn.Module:
-        """The network within all of them, unbound."""
-        backbone = self.chain[-1].backbone
-        return backbone.unbind()[0] if backbone.scope is not None else backbone
-
-    @nn.nowrap
-    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """As `nn.Module.apply`; `method` may be one of the backbone's."""
-        method, args = self._method(method, args)
-        return super().apply(variables, *args, method=method, **kwargs)
-
-    @nn.nowrap
-    def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """As `nn.Module.init_with_output`; `method` may be one of the backbone's."""
-        method, args = self._method(method, args)
-        return super().init_with_output(rngs, *args, method=method, **kwargs)
-
-    @nn.nowrap
-    def _method(self, method: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        """Returns the method of this class, and its arguments, that stand for the backbone's."""
-        if not isinstance(self.backbone, nn.Module):
-            return method, args
-        name = method if isinstance(method, str) else getattr(method, "__name__", "")
-        own = getattr(type(self.network), name, None)
-        if isinstance(method, str) and not hasattr(AiM, name):
-            if own is None:
-                methods = [n for n, v in vars(type(self.network)).items() if callable(v)]
-                raise UsageError(
-                    f"{type(self.network).__name__} has no method {name!r}{nearest(name, methods)}"
-                )
-            return "call", (name, *args)
-        if method is not None and own is not None and getattr(method, "__func__", method) is own:
-            return "call", (name, *args)
-        return method, args
 
     def _check_options(self, train: bool, mask: jax.Array | None) -> None:
         check_choice("read_mode", self.read_mode, READ_MODES)
@@ -426,7 +376,7 @@ class _Latch:
             return next_fun(*args, **kwargs)
         path = self._path(module)
         if not path:  # The backbone itself, or what shares its scope.
-            if not isinstance(module, AiM):
+            if not isinstance(module, Latched):
                 self.unnamed.setdefault(type(module).__name__)
             return next_fun(*args, **kwargs)
         if path in (self.aim.called, f"{self.aim.called}_initial"):
@@ -463,7 +413,7 @@ class _Latch:
         path = frame.path
         if not outer or kind_of(module) is not None:
             self.seen[path] = module
-        if any("jit(" in transformation for transformation in self._transformations(module)):
+        if any("jit(" in name for name in transformations(module, self.place)):
             raise UsageError(
                 f"{path!r} runs inside nn.jit, which calls what it compiled before and so would"
                 " read an old memory: remove nn.jit and compile the whole step with jax.jit"
@@ -494,12 +444,6 @@ class _Latch:
             self._match(what, path)
         return y
 
-    def _transformations(self, module: nn.Module) -> list[str]:
-        """Returns the Flax transformations within the backbone that this call runs inside."""
-        outer = self.place.debug_path + module.path[len(self.place.path) :]
-        inner = module.scope.debug_path
-        return [name for name, plain in zip(inner, outer, strict=False) if name != plain]
-
     def _match(self, what: str, path: str) -> list[re.Pattern]:
         matching = [pattern for pattern in getattr(self, what) if pattern.fullmatch(path)]
         self.matched.update((what, pattern) for pattern in matching)
@@ -514,7 +458,7 @@ class _Latch:
                 " kernel in a way of its own, so the memory cannot be given a part of it: use"
                 " read_mode 'add' or 'scale'"
             )
-        around = self._transformations(module)
+        around = transformations(module, self.place)
         for name, reason in NO_READS.items():
             if any(transformation.startswith(f"{name}(") for transformation in around):
                 raise UnreadableError(
@@ -543,7 +487,7 @@ class _Latch:
 
     def _update(self, y: Any, module: nn.Module, path: str) -> None:
         moved = get_opaque_trace_state(convention="flax") != self.trace
-        if moved or self._transformations(module):
+        if moved or transformations(module, self.place):
             raise UsageError(
                 f"update_after matches {path!r}, which runs inside a Flax transformation (nn.remat,"
                 " nn.scan, nn.vmap, nn.cond, ...): what is written there cannot leave it; update"
@@ -678,78 +622,3 @@ def parts_of(per: Sequence[str]) -> dict[str, str]:
     if len(set(parts.values())) < len(beginnings):
         raise UsageError(f"per is {beginnings}: two of them are the same")
     return parts
-
-
-def trace_init(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Returns the shapes of a network's variables; only arrays among its arguments are traced.
-
-    Args:
-      args, kwargs: of its call; arrays, or their shapes and dtypes.
-    """
-    leaves, tree = jax.tree.flatten((args, dict(kwargs)))
-
-    def init(*arrays: jax.Array) -> Any:
-        left = iter(arrays)
-        given = [next(left) if hasattr(leaf, "shape") else leaf for leaf in leaves]
-        args, kwargs = jax.tree.unflatten(tree, given)
-        return model.init(jax.random.key(0), *args, **kwargs)
-
-    return jax.eval_shape(init, *(leaf for leaf in leaves if hasattr(leaf, "shape")))
-
-
-# Why there can be no read inside these transformations.
-NO_READS = {
-    "map_variables": (
-        " (nn.WeightNorm, nn.SpectralNorm, ...), which would transform the variables that are"
-        " latched on there with the layer's own"
-    ),
-    "custom_vjp": ", whose gradient is written by hand and knows nothing of the memory",
-}
-
-
-def check_backbone(latch: nn.Module) -> None:
-    """Raises UsageError for a `backbone` that is no Linen module, or is in use outside of it."""
-    backbone, name = latch.backbone, type(latch).__name__
-    if not isinstance(backbone, nn.Module):
-        kind = type(backbone).__name__
-        is_nnx = any(base.__module__.startswith("flax.nnx") for base in type(backbone).__mro__)
-        advice = "expected one"
-        if is_nnx:
-            advice = (
-                f"but an NNX module: write the backbone in Linen, and turn the {name} into NNX"
-                f" with nnx.bridge.ToNNX({name.lower()})"
-            )
-        raise UsageError(f"the backbone, {kind}, is no Linen module, {advice}")
-    for module in _modules(backbone):
-        if _has_variables_outside(module, latch.scope):
-            raise UsageError(
-                f"{'/'.join(module.scope.path)!r}, the backbone or a part of it, is called outside"
-                f" of its {name} too, where it would have other parameters: call the {name} there,"
-                " or give it a backbone of its own"
-            )
-
-
-def _modules(value: Any) -> list[nn.Module]:
-    """Returns a module and those that it was given as attributes, at any depth."""
-    if isinstance(value, nn.Module):
-        fields = [f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name")]
-        given = [getattr(value, name, None) for name in fields]
-        return [value, *(module for one in given for module in _modules(one))]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [module for one in value for module in _modules(one)]
-    return []
-
-
-def _has_variables_outside(module: nn.Module, scope: Scope) -> bool:
-    """Whether a module has variables of its own in a place that is not below `scope`."""
-    if module.scope is None or module.scope.path[: len(scope.path)] == scope.path:
-        return False
-    root = module.scope.root
-    for tree in root.variables().values():
-        for name in module.scope.path[len(root.path) :]:
-            tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
-        if tree:
-            return True
-    return False

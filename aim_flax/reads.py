@@ -22,6 +22,15 @@ from aim_flax.memory import computed_dtype, fit, resize
 READ_MODES = ("concat", "add", "scale", "attend")
 READABLE = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
 
+# Why there can be no read inside these transformations.
+NO_READS = {
+    "map_variables": (
+        " (nn.WeightNorm, nn.SpectralNorm, ...), which would transform the variables that are"
+        " latched on there with the layer's own"
+    ),
+    "custom_vjp": ", whose gradient is written by hand and knows nothing of the memory",
+}
+
 
 class UnreadableError(UsageError):
     """A module that cannot read: a mistake where a pattern matches no other."""

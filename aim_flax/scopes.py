@@ -30,6 +30,15 @@ def latches(module: nn.Module) -> tuple[Any, ...]:
     return () if flags.get(_LATCHED_ON, False) else flags.get(_BACKBONES, ())
 
 
+def transformations(module: nn.Module, place: Scope) -> list[str]:
+    """Returns the Flax transformations that a bound module runs inside, from a scope around it on.
+
+    Each in Flax's own words, such as "remat(block)".
+    """
+    outer = place.debug_path + module.path[len(place.path) :]
+    return [a for a, b in zip(module.scope.debug_path, outer, strict=False) if a != b]
+
+
 def push_latched_on(scope: Scope, name: str) -> Scope:
     """Returns the scope `name` below another, for what is latched on there."""
     child = scope.push(name, reuse=True)

@@ -309,6 +309,62 @@ def test_beside_a_memory():
     assert params["conv2"].keys() == {"kernel", "bias", "memory_read"}
 
 
+class Coder(nn.Module):
+    """A layer in each of two methods; the call is both of them."""
+
+    def setup(self):
+        self.first, self.second = nn.Dense(4), nn.Dense(6)
+
+    def encode(self, x, train=False):
+        return jnp.tanh(self.first(x)) * (1 + train)
+
+    def decode(self, x):
+        return self.second(x)
+
+    def __call__(self, x, train=False):
+        return self.decode(self.encode(x, train))
+
+
+@pytest.mark.parametrize("kind", ["squeeze_excite", "low_rank"])
+def test_methods_of_the_backbone_have_what_is_latched_on(kind):
+    """Of sizes that differ from layer to layer, whichever method is called first."""
+    net, x = Instead(Coder(), kind, "first|second", hidden=(1, 2)), draw(3, 5)
+    variables = random_variables(net, x)
+    z = net.apply(variables, x, method="encode", train=True)
+    assert_equal(z, 2 * net.apply(variables, x, method=Coder.encode))
+    whole = net.apply(variables, x)
+    assert_close(net.apply(variables, z / 2, method="decode"), whole)
+    assert np.abs(whole - Coder().apply(variables, x)).max() > 0.01
+    with refused(r"Coder has no method 'encod' \(did you mean 'encode'\?\)"):
+        net.apply(variables, x, method="encod")
+    with refused("at pattern 'second' matches no layer of Coder"):
+        Instead(Coder(), kind, "second").init(KEY, x, method="encode")
+
+
+class Either(nn.Module):
+    """Two arguments that may be its mode."""
+
+    @nn.compact
+    def __call__(self, x, train=False, deterministic=True):
+        return nn.Dense(3, name="head")(nn.Dense(4, name="body")(x)) * (1 + train)
+
+
+def test_methods_and_modes_are_those_of_the_network_within_both():
+    memory = Memory((3,), "direct")
+    both = AiM(Instead(Coder(), "low_rank", "first", (2,)), memory, "first", read_mode="add")
+    x = draw(3, 5)
+    variables = random_variables(both, x)
+    z = both.apply(variables, x, method="encode", train=True)
+    assert_equal(z, 2 * both.apply(variables, x, method="encode"))
+    assert_close(both.apply(variables, z / 2, method="decode"), both.apply(variables, x))
+    for outer, inner in ((None, "train"), ("train", None)):
+        either = Instead(Either(), "low_rank", "body", mode=inner)
+        aim = AiM(either, memory, "head", read_mode="add", mode=outer)
+        variables = random_variables(aim, x)
+        y = aim.apply(variables, x, train=True)
+        assert_close(y, 2 * aim.apply(variables, x))
+
+
 # --- As controls -------------------------------------------------------------------------------
 
 
@@ -491,6 +547,10 @@ def test_gates_can_start_at_one():
             "hidden has 3 sizes, expected one, or one for each of the 2 layers",
         ),
         (dict(backbone=3), "the backbone, int, is no Linen module"),
+        (
+            dict(backbone=AiM(Maps(), Memory((2, 2, 4)), "conv.")),
+            r"the backbone of an Instead is an AiM: .* as in AiM\(Instead\(network, ...\), ...\)",
+        ),
     ],
 )
 def test_mistakes_are_told(options, message):

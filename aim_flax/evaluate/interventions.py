@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from aim_flax.backbone import trace_init
 from aim_flax.errors import UsageError, check_choice
-from aim_flax.latch import AiM, Alteration, trace_init
+from aim_flax.latch import AiM, Alteration
 from aim_flax.memory import fixed_key
 from aim_flax.patterns import compile_patterns
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from aim_flax.backbone import trace_init
 from aim_flax.errors import UsageError, nearest
-from aim_flax.latch import trace_init
 from aim_flax.scopes import latches
 from aim_flax.train.freeze import compiled
 
