@@ -281,7 +281,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writes(self, step: int) -> Iterator[None]:
-        """Turns the errors of writing a checkpoint into a StorageError, and clears up."""
+        """Turns the errors of writing a checkpoint into a StorageError, and clears up.
+
+        One that came whole all the same, as where a full disk has room again, is no error.
+        """
         try:
             yield
         except Exception as error:
@@ -291,6 +294,8 @@ class Checkpoints:
                 raise
             self._writing = None
             self._give_up(step)
+            if self._directory.is_dir() and step in self.steps:
+                return
             raise StorageError(
                 f"{why[0]}: the checkpoint of step {step} could not be written"
             ) from cause
