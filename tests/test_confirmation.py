@@ -10,7 +10,7 @@ from tests.runs import ROOT
 
 PAGE = (ROOT / "docs" / "search.md").read_text()
 SCRIPT = runpy.run_path(str(ROOT / "docs" / "confirmation.py"))
-FORMS, BESIDE = SCRIPT["FORMS"], SCRIPT["BESIDE"]
+SEEDS, FORMS, BESIDE = SCRIPT["SEEDS"], SCRIPT["FORMS"], SCRIPT["BESIDE"]
 # Of ten seeds, in points; each arm has them in an order of its own.
 NOISE = (0.3, -0.1, 0.2, 0.0, -0.4, 0.5, -0.2, -0.3, 0.1, -0.1)
 
@@ -19,8 +19,8 @@ def study(path, gains):
     """Writes runs whose arms have these gains in points, 0 if none is given; returns the file."""
     rows = []
     for number, arm in enumerate((*FORMS, *BESIDE)):
-        for seed in range(10):
-            accuracy = (60 + gains.get(arm, 0.0) + NOISE[seed - number]) / 100
+        for place, seed in enumerate(SEEDS):
+            accuracy = (60 + gains.get(arm, 0.0) + NOISE[place - number]) / 100
             row = dict(name="x", arm=arm, seed=seed, status="finished", test_accuracy=accuracy)
             rows.append(dict.fromkeys(COLUMNS, "") | row)
     write_csv(path, COLUMNS, rows)
@@ -41,6 +41,16 @@ def test_the_page_has_the_table_of_the_sets_that_have_run(capsys):
     table, _, verdict = capsys.readouterr().out.partition("\n\n")
     assert table.strip() in PAGE
     assert verdict.strip() in PAGE
+
+
+def test_nothing_is_said_of_a_set_before_all_its_seeds_have_run(tmp_path):
+    file = study(tmp_path / "results.csv", {})
+    assert SCRIPT["has_run"](file)
+    *rows, last = file.read_text().splitlines(keepends=True)
+    assert last.startswith(f"x,{BESIDE[-1]},{SEEDS[-1]},")
+    file.write_text("".join(rows))
+    assert not SCRIPT["has_run"](file)
+    assert not SCRIPT["has_run"](tmp_path / "other.csv")
 
 
 def test_a_form_that_beats_all_on_both_sets_wins(sets):
