@@ -278,7 +278,7 @@ class _Latch:
             if found:
                 kinds = ", ".join(f"nn.{kind.__name__}" for kind in READABLE)
                 raise UsageError(
-                    f"at matches {found[0]!r}, but a {self.matched[found[0]].__name__} is no layer"
+                    f"at matches {found[0]!r}, but {self.matched[found[0]].__name__} is no layer"
                     f" that {self.instead.kind} can be latched on to; these are: {kinds}"
                 )
             raise UsageError(

@@ -120,7 +120,7 @@ def check_readable(module: nn.Module, path: str, mode: str) -> None:
     if kind is None:
         kinds = ", ".join(f"nn.{kind.__name__}" for kind in READABLE)
         raise UnreadableError(
-            f"{refusal}a {type(module).__name__} cannot read a memory; these can: {kinds}"
+            f"{refusal}{type(module).__name__} cannot read a memory; these can: {kinds}"
         )
     if mode == "concat" and (changed := _overridden(type(module), kind)):
         raise UnreadableError(

@@ -385,7 +385,7 @@ def test_what_cannot_be_altered_is_told_before_anything_is_written(run, tmp_path
         lambda: evaluate_run.evaluate_run(tmp_path / "run", memory="zero"),
         lambda: evaluate_run.evaluate_interventions(tmp_path / "run"),
     ):
-        with refused(exactly="there is no memory to alter: the network is a MLP"):
+        with refused(exactly="the network, MLP, has no memory to alter"):
             act()
     assert set(tmp_path.rglob("*")) == before
     for act in (

@@ -476,7 +476,7 @@ def test_a_run_is_restored_and_evaluated(tmp_path):
     expected = build_model(config).apply(restored.variables, images)
     assert_equal(restored.model.apply(restored.variables, images), expected)
     assert evaluate_run(tmp_path / "run", split="test").count == 360
-    with refused("there is no memory to alter: the network is a Instead"):
+    with refused("the network, Instead, has no memory to alter"):
         evaluate_run(tmp_path / "run", memory="zero")
 
 
@@ -531,7 +531,7 @@ def test_gates_can_start_at_one():
             dict(at="conv3"),
             r"at pattern 'conv3' matches no layer of Maps .*there are: conv1, conv2",
         ),
-        (dict(at="norm"), "at matches 'norm', but a BatchNorm is no layer that coords can be"),
+        (dict(at="norm"), "at matches 'norm', but BatchNorm is no layer that coords can be"),
         (
             dict(at="head"),
             r"at matches 'head', a layer of vectors, \(2, 8\): they have no positions",

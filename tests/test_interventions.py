@@ -282,7 +282,7 @@ def test_variables_are_those_of_the_network_itself(kind):
 @pytest.mark.parametrize(
     ("net", "arguments", "message"),
     [
-        (Net(), ("zero",), "there is no memory to alter: the network is a Net$"),
+        (Net(), ("zero",), "the network, Net, has no memory to alter$"),
         (
             probe(),
             ("zeros",),

@@ -71,7 +71,7 @@ def intervene(model: nn.Module, kind: str, at: str = ".*", memory: str | None = 
         when the network is applied, an `at` that matches nothing, or train=True.
     """
     if not isinstance(model, AiM):
-        raise UsageError(f"there is no memory to alter: the network is a {type(model).__name__}")
+        raise UsageError(f"the network, {type(model).__name__}, has no memory to alter")
     if memory not in (None, model.called):
         check_choice("the memory", memory, [aim.called for aim in model.chain])
         return model.clone(backbone=intervene(model.backbone, kind, at, memory))

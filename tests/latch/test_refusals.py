@@ -50,9 +50,9 @@ ONLY_LAST_AXIS = "an nn.DenseGeneral can read only over its last axis"
 @pytest.mark.parametrize(
     ("place", "why"),
     [
-        ("embed", f"a Embed {CANNOT}"),
-        ("norm", f"a BatchNorm {CANNOT}"),
-        ("local", f"a ConvLocal {CANNOT}"),
+        ("embed", f"Embed {CANNOT}"),
+        ("norm", f"BatchNorm {CANNOT}"),
+        ("local", f"ConvLocal {CANNOT}"),
         ("several_axes", ONLY_LAST_AXIS),
         ("batch_dims", ONLY_LAST_AXIS),
         ("unbatched", UNBATCHED),
