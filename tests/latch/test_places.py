@@ -42,7 +42,7 @@ def test_a_pattern_reads_what_can_read_among_what_it_matches():
 
 
 def test_each_pattern_must_match_something_that_can_read():
-    with refused("read matches 'block_norm', but a LayerNorm cannot read a memory; these can"):
+    with refused("read matches 'block_norm', but LayerNorm cannot read a memory; these can"):
         latched(Mixed(), ["head", "block_norm"]).init(KEY, X)
     with refused("read matches 'block_general', but an nn.DenseGeneral can read only over its la"):
         latched(Mixed(), "block_general").init(KEY, X)
