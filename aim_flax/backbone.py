@@ -48,7 +48,7 @@ class Latched(nn.Module):
         return self.mode or (inner.declared_mode if isinstance(inner, Latched) else None)
 
     @nn.nowrap
-    def run(
+    def _run(
         self,
         scope: Scope,
         intercept: Callable[..., Any],

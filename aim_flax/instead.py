@@ -122,7 +122,7 @@ class Instead(Latched):
         # In this module's own place, as in `AiM.call`.
         scope = self.scope.rewound()
         latch = _Latch(self, scope)
-        outputs = self.run(scope, latch.intercept, method, args, kwargs, train=train)
+        outputs = self._run(scope, latch.intercept, method, args, kwargs, train=train)
         # Another method need not call all layers; but what initialises must.
         if method == "__call__" or self.is_initializing():
             latch.check()

@@ -188,7 +188,7 @@ class AiM(Latched):
         inner = {"train": train}
         if len(self.chain) > 1:
             inner["memory_mask"] = memory_mask
-        outputs = self.run(scope, latch.intercept, method, args, kwargs, **inner)
+        outputs = self._run(scope, latch.intercept, method, args, kwargs, **inner)
         # Another method need not call all modules; but what initialises must.
         if method == "__call__" or self.is_initializing():
             latch.check_patterns()
