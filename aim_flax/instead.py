@@ -27,7 +27,7 @@ from aim_flax.layers.of_two import twin
 from aim_flax.memory import computed_dtype
 from aim_flax.modes import resolve
 from aim_flax.patterns import Patterns, compile_patterns
-from aim_flax.reads import NO_READS, READABLE, Call, check_input, is_plain_call, kind_of
+from aim_flax.reads import READABLE, Call, check_input, is_plain_call, kind_of, no_reads_within
 from aim_flax.scopes import is_in_backbone, push_latched_on, transformations, with_backbone
 
 # Channels for each hidden unit of a gate, as in the paper.
@@ -237,9 +237,8 @@ class _Latch:
                 f"{path!r} runs inside nn.jit, which may call what it compiled before without"
                 f" {kind}: remove nn.jit and compile the whole step with jax.jit"
             )
-        for name, reason in NO_READS.items():
-            if any(transformation.startswith(f"{name}(") for transformation in around):
-                raise UsageError(f"at matches {path!r}, which runs inside nn.{name}{reason}")
+        if within := no_reads_within(around):
+            raise UsageError(f"at matches {path!r}, which runs inside {within}")
         check_input(call)
         if kind not in SIZED and call.x.ndim < 3:
             raise UsageError(

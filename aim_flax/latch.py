@@ -29,7 +29,6 @@ from aim_flax.memory import FITS, Memory, check_memory
 from aim_flax.modes import resolve
 from aim_flax.patterns import Patterns, compile_patterns, select, selectors
 from aim_flax.reads import (
-    NO_READS,
     READ_MODES,
     READABLE,
     Call,
@@ -39,6 +38,7 @@ from aim_flax.reads import (
     check_readable,
     is_plain_call,
     kind_of,
+    no_reads_within,
     read,
     record,
     warn_of_keys,
@@ -458,13 +458,10 @@ class _Latch:
                 " kernel in a way of its own, so the memory cannot be given a part of it: use"
                 " read_mode 'add' or 'scale'"
             )
-        around = transformations(module, self.place)
-        for name, reason in NO_READS.items():
-            if any(transformation.startswith(f"{name}(") for transformation in around):
-                raise UnreadableError(
-                    f"read matches {path!r}, which runs inside nn.{name}{reason}: read in a layer"
-                    " outside"
-                )
+        if around := no_reads_within(transformations(module, self.place)):
+            raise UnreadableError(
+                f"read matches {path!r}, which runs inside {around}: read in a layer outside"
+            )
         part = self._part(path)
         if initial := any(pattern.fullmatch(path) for pattern in self.read_initial):
             m = weights = self.initial[part]

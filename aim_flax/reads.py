@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,14 @@ NO_READS = {
     ),
     "custom_vjp": ", whose gradient is written by hand and knows nothing of the memory",
 }
+
+
+def no_reads_within(transformations: Sequence[str]) -> str | None:
+    """Returns which of these, as `scopes.transformations` has them, allows no read, and why."""
+    for name, reason in NO_READS.items():
+        if any(transformation.startswith(f"{name}(") for transformation in transformations):
+            return f"nn.{name}{reason}"
+    return None
 
 
 class UnreadableError(UsageError):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
@@ -181,6 +182,22 @@ def test_a_checkpoint_that_comes_whole_after_all_is_one(
     assert steps(run)[-1] == 76
     assert leftovers(run) == []
     assert_same_end(whole, run)
+
+
+def test_one_of_a_step_that_cannot_be_set_aside_is_not_taken_for_the_new_one(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    best = {"params": {"kernel": np.zeros(3, np.float32)}}
+    checkpoints.save(1, {"best_step": 1}, best=best)
+    checkpoints.wait()
+
+    def rename(path, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, refused("disk full: the .* step 1 ", kind=StorageError):
+        patch.setattr(Path, "rename", rename)
+        checkpoints.save(1, {"best_step": 1}, best=best)
+    assert checkpoints.steps == [1]
+    checkpoints.close()
 
 
 def test_a_run_that_cannot_write_its_results_ends_and_goes_on_later(experiment, whole, tmp_path):

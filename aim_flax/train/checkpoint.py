@@ -292,9 +292,10 @@ class Checkpoints:
             cause = error if self._directory.is_dir() else gone
             if (why := refused(cause)) is None:
                 raise
-            self._writing = None
+            # While a save begins, one of that step may be there that was to be set aside.
+            has_begun, self._writing = self._writing == step, None
             self._give_up(step)
-            if self._directory.is_dir() and step in self.steps:
+            if has_begun and self._directory.is_dir() and step in self.steps:
                 return
             raise StorageError(
                 f"{why[0]}: the checkpoint of step {step} could not be written"
