@@ -1,6 +1,7 @@
 """What a command tells: how far it is, on a terminal, in lines and in a file; and how it ends."""
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import errno
@@ -375,17 +376,29 @@ def _nothing_to_save(signum: int, frame: object) -> None:
     os.write(2, f"{_program()}: {signal.Signals(signum).name}: no state to save yet\n".encode())
 
 
+def _end_as_told() -> None:
+    """Ignores signals from here on: a command that has told how it ended, ends so."""
+    for signum in [*ENDS, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]:
+        # Python puts the system's handlers in place of its own while it goes down, and with them a
+        # signal would end the process without a word.
+        if callable(signal.getsignal(signum)):
+            signal.signal(signum, signal.SIG_IGN)
+
+
 def end_on_signals(stopped: str = "") -> None:
     """Makes Ctrl-C, SIGTERM and SIGHUP end the process at once, with one line, and `stopped` in it.
 
     SIGUSR1, which asks a run to save its state, does nothing else.
 
-    From now on, also while Python goes down, and wherever nothing else handles them. Without an
+    From now on until Python goes down, and wherever nothing else handles them. Without an
     exception: raised while a C++ module is imported it aborts the process, and in a callback it is
     lost. And without the end of Python, which waits for threads, or crashes where they go on.
     """
     if threading.current_thread() is not threading.main_thread():
         return
+    # What was registered first is called last.
+    atexit.unregister(_end_as_told)
+    atexit.register(_end_as_told)
     if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, _nothing_to_save)
     for signum, handler in ENDS.items():
