@@ -194,14 +194,15 @@ class Part:
       label: the part's name.
       start: the step of the whole work at which the part begins.
       runs: how many runs the part trains; a step of the part is a step of each.
-      received: the signals received so far; a signal ends the whole work.
+      received: the signals received so far, of which one ends the whole work; None: of a part that
+        is all the work, which handles them itself.
     """
 
     reporter: Reporter
     label: str
     start: int
     runs: int
-    received: list[int]
+    received: list[int] | None
 
     def begin(self, step: int) -> None:
         """Goes to a step of the part that this process did not work for."""

@@ -83,6 +83,25 @@ with signals() as received:
     assert ended(code) == (130, "-c: stopped by SIGINT\n")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "ablate"])
+def test_the_second_signal_ends_a_run_at_once_also_within_a_study(command, tmp_path):
+    """Study and run handled one each, so that it took three."""
+    argv = ["--config", DIGITS, *flags(*SMALL), "--workdir", str(tmp_path / "x")]
+    argv += ["--arms", "aim,control", "--seeds", "1"] if command == "ablate" else []
+    code = f"""
+from aim_flax.cli import {command} as command
+def begin(part, step):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+console.Part.begin = begin
+console.end_on_signals()
+command.main({argv})
+"""
+    assert ended(code) == (130, "-c: stopped by SIGINT\n")
+
+
 def test_a_terminal_that_is_closed_leaves_what_nohup_started():
     code = """
 from aim_flax.train.signals import signals

@@ -111,7 +111,7 @@ def train(
             # Another process may have finished the run before it released the workdir. All of the
             # run's own look before the first of them changes anything.
             if any_process(not is_finished(workdir, config))[0]:
-                part = part or Part(reporter, "", 0, 1, [])
+                part = part or Part(reporter, "", 0, 1, None)
                 if jax.process_index() == 0 and (raised := raise_epochs(workdir, config)):
                     part.say(raised)
                 return Loop([experiment], [workdir], workdir / "checkpoints", part).train()[0]
@@ -221,7 +221,9 @@ class Loop:
         experiment, config = self.experiment, self.config
         compiled: set[int] = set()
         with contextlib.ExitStack() as stack:
-            received = stack.enter_context(signals(self.part.received))
+            received = self.part.received
+            if received is None:
+                received = stack.enter_context(signals())
             asked = stack.enter_context(asked_to_save())
             # None if only results are missing: the files of a finished run are not touched.
             workdirs = [] if self._done() else self.workdirs

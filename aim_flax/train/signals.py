@@ -14,15 +14,13 @@ _SAVE = [getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)
 
 
 @contextlib.contextmanager
-def signals(received: list[int] | None = None) -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """Yields a list to which a first SIGTERM, Ctrl-C or SIGHUP is added; a second acts as usual.
 
-    SIGHUP comes when a terminal is closed. Where it is ignored, as under nohup, it stays so.
-
-    Args:
-      received: the list; None: a new one.
+    Not one within another, or it is the third that does. SIGHUP comes when a terminal is closed.
+    Where it is ignored, as under nohup, it stays so.
     """
-    received = [] if received is None else received
+    received: list[int] = []
     ends = [number for number in ENDS if signal.getsignal(number) != signal.SIG_IGN]
     # A parent that watches this process, see `watch.py`, ends it itself on a second one.
     with _received(received, ends, once=watch.channel() is None):
