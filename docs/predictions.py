@@ -129,7 +129,7 @@ def of_parts(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def of_best_form(gain: Gain) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields the arm that prediction 33 is about, and what comes of it."""
+    """Yields the arm that predictions 33 and 34, each of a study of its own, are about."""
     form = gain("attend_erase_add")
     yield ("attend_erase_add",), outcome(form.mean < 0.005 and form.low <= 0, form.low > 0)
 
@@ -173,6 +173,7 @@ def rows(results: Path) -> list[tuple[str, str]]:
         *_of_file(results / "apart.csv", of_parts, count=1),
         *_of_file(results / "apart_grocery.csv", of_parts, count=1),
         *_of_file(results / "fast_forms.csv", of_best_form, count=1),
+        *_of_file(results / "fast_forms_again.csv", of_best_form, count=1),
     ]
 
 

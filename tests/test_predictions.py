@@ -109,6 +109,7 @@ def outcomes(
     of_parts=(),
     of_parts_grocery=(),
     of_forms=(),
+    of_forms_again=(),
 ):
     gains = {
         "predictions": GAINS | dict(changed),
@@ -122,17 +123,21 @@ def outcomes(
         "apart": PARTS | dict(of_parts),
         "apart_grocery": PARTS | dict(of_parts_grocery),
         "fast_forms": FORMS | dict(of_forms),
+        "fast_forms_again": FORMS | dict(of_forms_again),
     }
     for study, of_study in gains.items():
         write(tmp_path / f"{study}.csv", of_study, spread)
-    for study in ("adapters", "adapters_grocery", "kernels", "apart_grocery", "fast_forms"):
+    for study in (
+        *("adapters", "adapters_grocery", "kernels"),
+        *("apart_grocery", "fast_forms", "fast_forms_again"),
+    ):
         file = tmp_path / f"{study}.csv"
         file.write_text(file.read_text().replace(",control_stride1,", ",control,"))
     return [result for _, result in SCRIPT["rows"](tmp_path)]
 
 
 def test_all_can_hold(tmp_path):
-    assert outcomes(tmp_path) == ["holds"] * 33
+    assert outcomes(tmp_path) == ["holds"] * 34
     measured = [text for text, _ in SCRIPT["rows"](tmp_path)]
     # The interval of five numbers with a standard deviation of 0.079 points.
     assert measured[3] == (
@@ -155,7 +160,7 @@ def test_all_can_hold(tmp_path):
     ],
 )
 def test_each_can_fail_alone(tmp_path, number, changed):
-    expected = ["holds"] * 33
+    expected = ["holds"] * 34
     expected[number - 1] = "fails"
     assert outcomes(tmp_path, changed) == expected
 
@@ -173,7 +178,7 @@ def test_each_can_fail_alone(tmp_path, number, changed):
     ],
 )
 def test_each_can_be_undecided_alone(tmp_path, number, changed):
-    expected = ["holds"] * 33
+    expected = ["holds"] * 34
     expected[number - 1] = "undecided"
     assert outcomes(tmp_path, changed) == expected
 
@@ -234,10 +239,11 @@ def test_each_can_be_undecided_alone(tmp_path, number, changed):
         (32, {"apart": 0.9}, "fails"),
         (32, {"apart": 1.4}, "undecided"),
         (33, {"attend_erase_add": 0.2}, "fails"),
+        (34, {"attend_erase_add": 0.2}, "fails"),
     ],
 )
 def test_each_of_later_studies_can_fail_or_be_undecided_alone(tmp_path, number, changed, result):
-    expected = ["holds"] * 33
+    expected = ["holds"] * 34
     expected[number - 1] = result
     last = {
         12: "of_patterns",
@@ -249,6 +255,7 @@ def test_each_of_later_studies_can_fail_or_be_undecided_alone(tmp_path, number, 
         31: "of_parts",
         32: "of_parts_grocery",
         33: "of_forms",
+        34: "of_forms_again",
     }
     study = next(name for number_of_last, name in last.items() if number <= number_of_last)
     assert outcomes(tmp_path, **{study: changed}) == expected
@@ -271,11 +278,11 @@ def test_wide_intervals_decide_nothing_that_they_contain(tmp_path):
 
 def test_page_shows_what_was_measured():
     found = re.findall(r"^\| \d+ \|.*\|([^|]*)\|([^|]*)\|$", PAGE, re.MULTILINE)
-    assert len(found) == 33
+    assert len(found) == 34
     shown = [(measured.strip(), result.strip()) for measured, result in found]
     assert shown == SCRIPT["rows"](SCRIPT["RESULTS"])
 
 
 def test_nothing_is_measured_without_results(tmp_path, capsys):
     SCRIPT["main"](tmp_path)
-    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 34))
+    assert capsys.readouterr().out == "".join(f"{n} |  | \n" for n in range(1, 35))
