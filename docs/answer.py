@@ -121,6 +121,13 @@ CLAIMS = (
     Claim(_APART, "one memory, against one for each stage", "aim", "apart"),
     Claim(_CURVES, "memory, 1,000 images", "published_1000x10", "control_stride1_1000x10"),
     Claim(_CURVES, "memory, 20,000 images", "published_20000x10", "control_stride1_20000x10"),
+    Claim(_CURVES, "memory, 49,000 images", "published_49000x10", "control_stride1_49000x10"),
+    Claim(
+        _CURVES,
+        "as many parameters, 49,000 images",
+        "control_params_49000x10",
+        "control_stride1_49000x10",
+    ),
     Claim(
         _LONG,
         "unwritten memory, 20,000 images, 30 epochs",

@@ -103,12 +103,13 @@ def test_first_screen_says_what_the_committed_results_are():
     assert f"{resolution[1]} of {both[1]} on photographs" in summary
     assert f"the other {points(cifar10, 'published', 'control_stride1')} points" in summary
     assert f"{points(cifar10, 'published', 'control_params')} more than" in summary
-    few, many = (
-        points("curves", f"published_{n}x10", f"control_stride1_{n}x10") for n in (1000, 20000)
+    few, many, most = (
+        points("curves", f"published_{n}x10", f"control_stride1_{n}x10")
+        for n in (1000, 20000, 49000)
     )
-    assert f"with 10 epochs {few} points on 1,000 of CIFAR-10's images and {many} on" in summary
-    longer = points("predictions_long", UNWRITTEN, "control_stride1")
-    assert f"30 epochs of 20,000, a memory that nothing writes gains {longer} (5" in summary
+    assert f"with 10 epochs {few} points on 1,000 of CIFAR-10's images, {many} on" in summary
+    wider = points("curves", "control_params_49000x10", "control_stride1_49000x10")
+    assert f"and {most} on 49,000, where as many parameters elsewhere gain {wider} (3" in summary
     better = [points("strong_resnet", arm, "control_stride1") for arm in ("no_update", "memory")]
     assert f"gains anything that shows (+{better[0]} and +{better[1]}, 3 seeds)" in summary
     right = 100 * accuracies("strong_resnet")["control_stride1"].mean()
