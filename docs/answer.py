@@ -68,7 +68,6 @@ _FAST = Study(
     "small ResNet, CIFAR-10", "fast", "predictions.md#a-third-explanation-a-memory-that-learns-fast"
 )
 _CURVES = Study("small ResNet, CIFAR-10", "curves", "#with-more-images-and-more-epochs-less")
-_LONG = Study("small ResNet, CIFAR-10", "predictions_long", "predictions.md")
 _STRONG = Study(
     "better ResNet, CIFAR-10",
     "strong_resnet",
@@ -127,12 +126,6 @@ CLAIMS = (
         "as many parameters, 49,000 images",
         "control_params_49000x10",
         "control_stride1_49000x10",
-    ),
-    Claim(
-        _LONG,
-        "unwritten memory, 20,000 images, 30 epochs",
-        "published_no_update",
-        "control_stride1",
     ),
     Claim(_STRONG, "unwritten memory, 45,000 images", "no_update", "control_stride1"),
     Claim(_STRONG, "memory, 45,000 images", "memory", "control_stride1"),
