@@ -190,6 +190,7 @@ def test_the_ten_best_forms_of_the_first_seed_had_the_second():
     assert f"and {second:.1f} with the second" in page
 
 
+@pytest.mark.slow
 def test_python_in_readme_runs():
     # The files of a network from elsewhere are what `test_own_network.py` runs, and a Predictor is
     # what `test_use.py` runs.

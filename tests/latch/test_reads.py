@@ -107,7 +107,8 @@ def both_forms(memory):
 
 @pytest.mark.parametrize(
     ("memory", "name"),
-    [(memory, name) for memory in ("per batch", "per example") for name in LAYERS]
+    [("per batch", name) for name in LAYERS]
+    + [pytest.param("per example", name, marks=pytest.mark.slow) for name in LAYERS]
     + [("dense", name) for name in DENSE_LAYERS],
 )
 def test_add_and_concat_are_the_same_function(memory, name):
@@ -120,7 +121,9 @@ def test_add_and_concat_are_the_same_function(memory, name):
     assert np.abs(half).max() > 1e-3
 
 
-@pytest.mark.parametrize("memory", ["per batch", "per example", "dense"])
+@pytest.mark.parametrize(
+    "memory", ["per batch", pytest.param("per example", marks=pytest.mark.slow), "dense"]
+)
 def test_add_and_concat_have_the_same_gradients_elsewhere(memory):
     (_, params, image), (_, expected_params, expected_image) = both_forms(memory)
     assert_close(image, expected_image)
