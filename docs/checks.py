@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aim_flax.console import CommandParser, as_command
+from aim_flax.errors import UsageError
 from aim_flax.files import write_csv
 from aim_flax.study.results import COLUMNS, read_runs
 
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", metavar="WORKDIR", help="of the study")
     parser.add_argument("--csv", type=Path, default=ROOT / "results" / "checks_strong.csv")
     given = parser.parse_args(argv)
-    rows = map(renamed, read_runs([given.runs]))
+    rows = [renamed(row) for row in read_runs([given.runs])]
+    if others := {row["arm"] for row in rows} - {*ARMS}:
+        raise UsageError(f"{given.runs} has arms of another study: {', '.join(sorted(others))}")
     ordered = sorted(rows, key=lambda row: (ARMS.index(row["arm"]), row["seed"]))
     write_csv(given.csv, (*COLUMNS, "trained_with_seed"), ordered)
 
