@@ -91,6 +91,11 @@ _RATES = Study(
     "kernels",
     "predictions.md#a-fifth-low-rank-changes-make-kernels-learn-faster",
 )
+_FAST_FORMS = Study(
+    "EfficientNet, groceries",
+    "fast_forms_again",
+    "predictions.md#a-ninth-the-same-with-seeds-enough-to-see-a-gain",
+)
 _FROZEN = Study(
     "frozen EfficientNet, CIFAR-10",
     "adapters",
@@ -136,6 +141,7 @@ CLAIMS = (
     Claim(_SEARCHED_AGAIN, "best form of a search, fine-tuned", "attend_erase_add", "control"),
     Claim(_SEARCHED_AGAIN, "second best form, fine-tuned", "large", "control"),
     Claim(_RATES, "three times the learning rate, without memory", "fast", "control"),
+    Claim(_FAST_FORMS, "best form of a search, at that rate", "attend_erase_add", "control"),
     Claim(_FROZEN, "memory", "aim", "control"),
     Claim(_FROZEN, "writing in it", "aim", "no_update"),
     Claim(_FROZEN_PHOTOS, "memory", "aim", "control"),

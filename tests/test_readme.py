@@ -47,6 +47,7 @@ STUDIES = {
     "apart": range(850, 860),
     "apart_grocery": range(860, 863),
     "fast_forms": range(840, 846),
+    "fast_forms_again": range(864, 880),
 }
 
 
@@ -150,6 +151,10 @@ def test_first_screen_says_what_the_committed_results_are():
     assert f"photographs, {others[0]} and {others[1]} on CIFAR-10." in summary
     fast = points("kernels", "fast", "control")
     assert f"Three times the learning rate gains {fast} points on photographs" in summary
+    found = accuracies("fast_forms_again")
+    p = ttest_rel(found["attend_erase_add"], found["control"]).pvalue
+    lost, seeds = points("fast_forms_again", "control", "attend_erase_add"), len(found["control"])
+    assert f"the better form loses {lost} (p = {p:.2f}, {seeds} seeds)" in summary
     frozen = points("adapters", "aim", "control")
     assert f"a memory gains {frozen} points** on CIFAR-10" in summary
     assert 0.7 < float(points("adapters", "no_update", "control")) / float(frozen) < 0.75
