@@ -205,6 +205,7 @@ def test_groups_of_options_are_what_networks_take_them_for():
     hash(build_model(config))
 
 
+@pytest.mark.slow
 def test_a_run_whose_use_of_memory_cannot_be_measured_ends_as_others(tmp_path):
     """All that reads lies in an nn.scan that keeps no intermediates."""
     config = configs.override(own(name="elsewhere.nets:Scanned"), ["train.epochs=1"])

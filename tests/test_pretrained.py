@@ -337,6 +337,7 @@ SHORT = ("train.epochs=2", "train.steps_per_call=5")
 PIXELS = np.ones((1, 8, 8, 1), np.float32)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_them_and_goes_on_without_them(own, tmp_path):
     file, config, variables = own
     for seed in (0, 1):

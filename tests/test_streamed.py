@@ -271,6 +271,7 @@ def test_a_damaged_training_image_stops_each_start_and_may_then_be_left_out(tmp_
     assert f"left out: {file} cannot be decoded" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_the_workdir_to_another(tmp_path, capsys):
     config = streaming(write_folder(tmp_path / "photographs"), "train.epochs=1")
     other = configs.override(config, ["train.batch_size=12"])

@@ -161,6 +161,7 @@ def test_other_config_is_refused_and_nothing_touched(finished):
     assert snapshot(finished) == before
 
 
+@pytest.mark.slow
 def test_a_run_from_before_some_keys_were_there_goes_on(finished, tmp_path, capsys):
     """It ends as without the break, can be evaluated, and is refused with other values of them."""
     run = tmp_path / "run"

@@ -319,7 +319,7 @@ class Pooled(nn.Module):
         return nn.Dense(2, name="head")(x.mean(axis=(1, 2)))
 
 
-@pytest.mark.parametrize("mode", ["concat", "add"])
+@pytest.mark.parametrize("mode", [pytest.param("concat", marks=pytest.mark.slow), "add"])
 def test_a_resized_memory_is_read_at_every_image_size_by_the_same_weights(mode):
     aim = AiM(
         Pooled(), Memory((2, 3, 4), "direct"), "conv2", "conv1",
