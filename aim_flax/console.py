@@ -371,6 +371,8 @@ class _End:
 # With their usual handlers; not all systems have SIGHUP.
 ENDS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 ENDS |= {signal.SIGHUP: signal.SIG_DFL} if hasattr(signal, "SIGHUP") else {}
+# What asks a run to save its state; not all systems have it.
+SAVES = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
 
 
 def _nothing_to_save(signum: int, frame: object) -> None:
@@ -379,7 +381,7 @@ def _nothing_to_save(signum: int, frame: object) -> None:
 
 def _end_as_told() -> None:
     """Ignores signals from here on: a command that has told how it ended, ends so."""
-    for signum in [*ENDS, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]:
+    for signum in (*ENDS, *SAVES):
         # Python puts the system's handlers in place of its own while it goes down, and with them a
         # signal would end the process without a word.
         if callable(signal.getsignal(signum)):
@@ -400,8 +402,9 @@ def end_on_signals(stopped: str = "") -> None:
     # What was registered first is called last.
     atexit.unregister(_end_as_told)
     atexit.register(_end_as_told)
-    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
-        signal.signal(signal.SIGUSR1, _nothing_to_save)
+    for signum in SAVES:
+        if signal.getsignal(signum) == signal.SIG_DFL:
+            signal.signal(signum, _nothing_to_save)
     for signum, handler in ENDS.items():
         there = signal.getsignal(signum)
         if there == handler or isinstance(there, _End):

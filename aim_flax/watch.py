@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from aim_flax.console import ENDS, end_process, fail
+from aim_flax.console import ENDS, SAVES, end_process, fail
 
 # os.EX_TEMPFAIL, which not all systems have: whoever started the command may do so again.
 LOST = 75
@@ -119,9 +119,8 @@ class _Parent:
         """Starts the child, and ends as it does."""
         here, there = socket.socketpair()
         # A child that is starting would end by it.
-        asks = getattr(signal, "SIGUSR1", None)
-        if asks:
-            signal.signal(asks, signal.SIG_IGN)
+        for signum in SAVES:
+            signal.signal(signum, signal.SIG_IGN)
         self._child = subprocess.Popen(
             [sys.executable, *sys.orig_argv[1:]],
             env=os.environ | {_CHANNEL: str(there.fileno())},
@@ -131,9 +130,9 @@ class _Parent:
             start_new_session=True,
         )
         there.close()
-        for signum in [*ENDS, *([asks] if asks else [])]:
+        for signum in (*ENDS, *SAVES):
             # What is ignored, as under nohup, is ignored by the child as well.
-            if signum == asks or signal.getsignal(signum) != signal.SIG_IGN:
+            if signum in SAVES or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self._pass_on)
         readers = [
             threading.Thread(target=self._listen, args=[here], daemon=True),

@@ -6,11 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from aim_flax import watch
-from aim_flax.console import ENDS
+from aim_flax.console import ENDS, SAVES
 from aim_flax.errors import InterruptionError
-
-# Not all systems have all of them.
-_SAVE = [getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
@@ -31,7 +28,7 @@ def signals() -> Iterator[list[int]]:
 def asked_to_save() -> Iterator[list[int]]:
     """Yields a list to which each SIGUSR1 is added."""
     received: list[int] = []
-    with _received(received, _SAVE, once=False):
+    with _received(received, SAVES, once=False):
         yield received
 
 
